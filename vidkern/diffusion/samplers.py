@@ -1,0 +1,244 @@
+"""Samplers: DDPM, DDIM and flow Euler, for any task pattern, with guidance and given frames kept bit for bit."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidkern import ops
+from vidkern.diffusion.schedules import Schedule, respace
+from vidkern.diffusion.tasks import Task, long_video, progressive, standard
+
+SAMPLERS = ("ddim", "ddpm", "flow")
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def sample(
+    model: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    schedule: Schedule,
+    key: Tensor,
+    *,
+    sampler: str = "ddim",
+    num_steps: int = 50,
+    task: Task = standard,
+    known: Tensor | None = None,
+    init: Tensor | None = None,
+    y: Tensor | None = None,
+    y_null: Tensor | int | None = None,
+    cfg_scale: float | None = None,
+    prediction: str = "epsilon",
+    eta: float = 0.0,
+    clip_x0: float | None = None,
+    sharing: str = "independent",
+    base_weight: Tensor | float | None = None,
+    step_sharing: str = "independent",
+    sample_offset: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Draws clips. Inside the loop nothing waits for the device and nothing is copied to it.
+
+    Args:
+        model: called as model(x, t) or model(x, t, y) with x (B, F, C, H, W) and t int64 (B, F).
+        shape: (B, F, C, H, W).
+        schedule: on the device where the clips are drawn.
+        key: the noise key, int64 (2,) on that device.
+        sampler: "ddim", "ddpm" or "flow" (Euler steps of flow matching).
+        num_steps: how many of the schedule's steps are taken.
+        task: which frames are given and how noisy each frame is; functools.partial sets a pattern's own options.
+        known: float32 (B, F, C, H, W), the clips whose given frames are read; every task but `standard` needs it.
+        init: float32 (B, F, C, H, W), clips that the other frames start from, noised to their first timestep. None:
+            they start from pure noise; under `progressive`, whose frames start less noisy, from the given first frame.
+        y: the condition of each sample, (B, ...).
+        y_null: the condition that means none: the null class, or a tensor like y. Needed with `cfg_scale`.
+        cfg_scale: classifier-free guidance, null + scale * (cond - null), in one batch of 2B (Ho & Salimans 2022).
+        prediction: what the model predicts: "epsilon", "v", "flow" or "x0".
+        eta: DDIM's noise, from 0 (none) to 1.
+        clip_x0: bound on |predicted x_0|; None: no bound.
+        sharing, base_weight: how frames share the starting noise, see `vidkern.ops.philox_normal`.
+        step_sharing: how frames share the noise of the steps.
+        sample_offset: the first sample's number in the whole set, so that a clip does not depend on the batch split.
+        progress: called after each step as progress(step, num_steps), from 1.
+
+    Returns:
+        float32 (B, F, C, H, W). Given frames have exactly the bits of `known`.
+
+    Raises:
+        ValueError: an unknown sampler, a schedule that does not fit it, guidance without y or y_null, a task other than
+            `standard` without `known`, `known` or `init` of another shape or dtype.
+    """
+    _check(shape, schedule, sampler, task, known, init, y, y_null, cfg_scale)
+    timesteps = _timesteps(schedule, task, num_steps, shape)
+    keys = _step_keys(key, num_steps)
+    step = _step(sampler, schedule, prediction, eta, clip_x0, cfg_scale, step_sharing, sample_offset)
+    evaluate = _evaluator(model, y, y_null, cfg_scale)
+
+    if init is None and known is not None and _unwrap(task) is progressive:
+        init = known[:, :1].expand(shape)
+    t, hold = timesteps[0]
+    noise = {"sharing": sharing, "base_weight": base_weight, "sample_offset": sample_offset}
+    if init is None:
+        x = ops.philox_normal(shape, key, dtype=torch.float32, device=schedule.device, **noise)
+    else:
+        x = ops.add_noise(init, *schedule.coefficients(t), key, **noise)
+    if known is not None:
+        x = torch.where(hold[:, :, None, None, None], known, x)
+
+    for i in range(num_steps):
+        (t, hold), (t_prev, _) = timesteps[i], timesteps[i + 1]
+        # a frame whose timestep does not change yet (`progressive`) rests like a given one
+        x = step(x, evaluate(x, t), t, t_prev, key=keys[i], hold=hold | (t == t_prev))
+        if progress is not None:
+            progress(i + 1, num_steps)
+    return x
+
+
+def sample_long_video(
+    model: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    schedule: Schedule,
+    key: Tensor,
+    *,
+    chunks: int = 15,
+    given: int = 8,
+    num_steps: int = 50,
+    first: Tensor | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Tensor:
+    """Draws videos longer than the model's window: each chunk is given the last frames of the one before (FVDM).
+
+    Args:
+        model, schedule, key, num_steps: see `sample`.
+        shape: of one window, (B, F, C, H, W).
+        chunks: how many windows; 15 of 16 frames, 8 of them given, are 128 frames. F - 1 given frames make it
+            next-frame prediction.
+        given: how many frames each chunk after the first is given.
+        first: float32 (B, F, C, H, W), a known first window; None: it is drawn too.
+        progress: called after each step as progress(step, steps of all chunks), from 1.
+        **options: of `sample`, for every chunk.
+
+    Returns:
+        float32 (B, F + (chunks - 1) * (F - given), C, H, W).
+
+    Raises:
+        ValueError: `chunks` < 1, `given` outside 1 .. F - 1, or as `sample`.
+    """
+    frames = shape[1]
+    if chunks < 1:
+        raise ValueError(f"chunks: got {chunks}, wanted at least 1")
+    if not 0 < given < frames:
+        raise ValueError(f"given: got {given}, wanted from 1 to {frames - 1}, fewer than the {frames} frames")
+    skipped = 0 if first is None else 1
+
+    def draw(chunk: int, **window: Any) -> Tensor:
+        report = progress and _shifted(progress, (chunk - skipped) * num_steps, (chunks - skipped) * num_steps)
+        chunk_key = _advance(key, chunk * (num_steps + 1))  # one key for the start and one for each step
+        return sample(model, shape, schedule, chunk_key, num_steps=num_steps, progress=report, **window, **options)
+
+    task = functools.partial(long_video, given=given)
+    window = draw(0) if first is None else first
+    video = [window]
+    for chunk in range(1, chunks):
+        known = torch.zeros_like(window)
+        known[:, :given] = window[:, -given:]
+        window = draw(chunk, task=task, known=known)
+        video.append(window[:, given:])
+    return torch.cat(video, 1)
+
+
+def _check(
+    shape: tuple[int, ...],
+    schedule: Schedule,
+    sampler: str,
+    task: Task,
+    known: Tensor | None,
+    init: Tensor | None,
+    y: Tensor | None,
+    y_null: Tensor | int | None,
+    cfg_scale: float | None,
+) -> None:
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler: got {sampler!r}, wanted one of {', '.join(SAMPLERS)}")
+    if schedule.variance_preserving == (sampler == "flow"):
+        raise ValueError(f"schedule: {schedule.name!r} does not fit sampler {sampler!r}")
+    if len(shape) != 5:
+        raise ValueError(f"shape: got {tuple(shape)}, wanted (B, F, C, H, W)")
+    if known is None and _unwrap(task) is not standard:
+        raise ValueError("known: got None, wanted the given frames of this task")
+    for name, clip in (("known", known), ("init", init)):
+        if clip is not None and (clip.shape != tuple(shape) or clip.dtype != torch.float32):
+            got = f"{clip.dtype} of shape {tuple(clip.shape)}"
+            raise ValueError(f"{name}: got {got}, wanted torch.float32 of shape {tuple(shape)}")
+    if cfg_scale is not None and (y is None or y_null is None):
+        raise ValueError("cfg_scale: guidance needs y and y_null")
+    if y is not None and y.shape[:1] != (shape[0],):
+        raise ValueError(f"y: got shape {tuple(y.shape)}, wanted {shape[0]} samples first")
+
+
+def _unwrap(task: Task) -> Callable[..., Any]:
+    return task.func if isinstance(task, functools.partial) else task
+
+
+def _timesteps(schedule: Schedule, task: Task, num_steps: int, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """(tau, hold) at the start of each step, and at the clean end."""
+    steps = [*reversed(respace(schedule.num_steps, num_steps).tolist()), -1]
+    clips = (torch.full(shape[:1], t, dtype=torch.int64, device=schedule.device) for t in steps)
+    return [task(t, shape[1]) for t in clips]
+
+
+def _advance(key: Tensor, draws: int) -> Tensor:
+    """The key `draws` draws further on."""
+    advanced = key.clone()
+    advanced[1] += draws
+    return advanced
+
+
+def _step_keys(key: Tensor, num_steps: int) -> list[Tensor]:
+    """One key for each step, after the one of the starting noise."""
+    return [_advance(key, 1 + i) for i in range(num_steps)]
+
+
+def _shifted(progress: Progress, done: int, total: int) -> Progress:
+    return lambda step, _: progress(done + step, total)
+
+
+def _step(
+    sampler: str,
+    schedule: Schedule,
+    prediction: str,
+    eta: float,
+    clip_x0: float | None,
+    cfg_scale: float | None,
+    sharing: str,
+    sample_offset: int,
+) -> Callable[..., Tensor]:
+    """The step operator of a sampler, called as step(x, model_out, t, t_prev, key=, hold=)."""
+    common = {"schedule": schedule, "prediction": prediction, "guidance_scale": cfg_scale, "clip_x0": clip_x0}
+    if sampler == "flow":
+
+        def flow(x: Tensor, out: Tensor, t: Tensor, t_prev: Tensor, *, key: Tensor, hold: Tensor) -> Tensor:
+            return ops.flow_step(x, out, t, t_prev, hold=hold, **common)
+
+        return flow
+    noise = {"sharing": sharing, "sample_offset": sample_offset}
+    if sampler == "ddpm":
+        return functools.partial(ops.ddpm_step, **common, **noise)
+    return functools.partial(ops.ddim_step, eta=eta, **common, **noise)
+
+
+def _evaluator(
+    model: Callable[..., Tensor], y: Tensor | None, y_null: Tensor | int | None, cfg_scale: float | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model as a function of (x, t); under guidance its batch is doubled, the conditional half first."""
+    condition = () if y is None else (y,)
+    if cfg_scale is None:
+        return lambda x, t: model(x, t, *condition).to(x.dtype)
+    assert y is not None  # _check has seen to it
+    assert y_null is not None
+    null = y_null if isinstance(y_null, Tensor) else torch.full_like(y, y_null)
+    both = torch.cat([y, null.expand_as(y)])
+    return lambda x, t: model(x.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), both).to(x.dtype)
