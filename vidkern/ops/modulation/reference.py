@@ -18,9 +18,10 @@ def _vector(vector: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    variance, mean = torch.var_mean(x, -1, correction=0)
-    rstd = (variance + eps).rsqrt()
-    return (x - mean.unsqueeze(-1)) * rstd.unsqueeze(-1), mean, rstd
+    mean = x.mean(-1)
+    centred = x - mean.unsqueeze(-1)
+    rstd = (centred.square().mean(-1) + eps).rsqrt()
+    return centred * rstd.unsqueeze(-1), mean, rstd
 
 
 def _rms_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

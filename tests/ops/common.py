@@ -1,0 +1,92 @@
+"""What the operator tests share: the float64 contract, opcheck and gradcheck, compiling without recompilation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: The dtypes that kernels serve.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> float:
+    """Return one unit in the last place of the largest magnitude."""
+    finite = value[value.isfinite()].abs()
+    return torch.finfo(dtype).eps * float(finite.max()) if finite.numel() else 0.0
+
+
+def assert_contract(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Require max|ours - f64| <= 1.25 * max|plain PyTorch in the dtype - f64| + 1 ulp, and the same NaN and Inf."""
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, wanted {tuple(exact.shape)}"
+    if ours.numel() == 0:
+        return
+    finite = exact.to(ours.dtype).isfinite()
+    assert torch.equal(ours.isfinite(), finite), f"{name}: NaN or Inf in other places than the definition has them"
+    if not finite.any():
+        return
+    error = float((ours.double() - exact)[finite].abs().max())
+    plain_error = float((plain.double() - exact)[finite & plain.isfinite()].abs().max())
+    bound = 1.25 * plain_error + ulp(exact[finite], ours.dtype)
+    assert error <= bound, f"{name}: error {error:.3e}, plain PyTorch {plain_error:.3e}, bound {bound:.3e}"
+
+
+def leaves(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return detached copies in a dtype that require gradients, with the inputs' strides."""
+    return [tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in tensors]
+
+
+def value_and_grads(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], upstream: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs and the gradient of every input, for given gradients of the outputs."""
+    outputs = function(*inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    given = [grad.to(output.dtype) for grad, output in zip(upstream, outputs, strict=True)]
+    return [output.detach() for output in outputs], list(torch.autograd.grad(outputs, list(inputs), given))
+
+
+def assert_value_and_grads(
+    ours: Callable[..., Any],
+    plain: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Hold an operator and all its gradients against the contract; ``plain`` is also the float64 truth."""
+    rounded = [tensor.to(dtype) for tensor in inputs]
+    given = [grad.to(dtype) for grad in upstream]
+    ours_out, ours_grads = value_and_grads(ours, leaves(rounded, dtype), given)
+    plain_out, plain_grads = value_and_grads(plain, leaves(rounded, dtype), given)
+    exact_out, exact_grads = value_and_grads(plain, leaves(rounded, torch.float64), given)
+    for i, triple in enumerate(zip(ours_out, plain_out, exact_out, strict=True)):
+        assert_contract(f"output {i}", *triple)
+    for i, triple in enumerate(zip(ours_grads, plain_grads, exact_grads, strict=True)):
+        assert_contract(f"gradient of input {i}", *triple)
+
+
+def assert_compiles_once(
+    function: Callable[..., Any], make: Callable[..., Sequence[Any]], sizes: Sequence[Sequence[int]]
+) -> None:
+    """Require torch.compile(fullgraph=True) to serve every size with one compilation, values and gradients equal.
+
+    ``make(*size)`` returns fresh arguments; those that require gradients get one.
+    """
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, size in enumerate(sizes):
+        args = make(*size)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            ours = _run(compiled, args)
+        for got, wanted in zip(ours, _run(function, args), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+def _run(function: Callable[..., Any], args: Sequence[Any]) -> list[Tensor]:
+    outputs = function(*args)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    wanted = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
+    if not wanted:
+        return outputs
+    reaching = [output for output in outputs if output.requires_grad]
+    return outputs + list(torch.autograd.grad(reaching, wanted, [torch.ones_like(output) for output in reaching]))
