@@ -30,10 +30,10 @@ def diffusion_loss(
 ) -> dict[str, Tensor]:
     """The loss of one training step: noise, one call of the model, mse and vb. Never waits for the device.
 
-    With `learned_range` it is the hybrid loss mse + vb of Nichol & Dhariwal 2021, with no factor on vb, as DiT, Latte and
-    FVDM train: the second half of the model's channels interpolates the log variance between its bounds, and vb is, in
-    bits per dimension, the negative log likelihood of the decoder in frames at timestep 0 and the KL divergence in the
-    others. The predicted mean gets no gradient from vb.
+    With `learned_range` it is the hybrid loss mse + vb of Nichol & Dhariwal 2021, with no factor on vb, as DiT, Latte
+    and FVDM train: the second half of the model's channels interpolates the log variance between its bounds, and vb is,
+    in bits per dimension, the negative log likelihood of the decoder in frames at timestep 0 and the KL divergence in
+    the others. The predicted mean gets no gradient from vb.
 
     Args:
         model: called as model(x_t, t) or model(x_t, t, y); returns (B, F, C, H, W), with 2C channels if

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class Schedule:
 
     def to(self, device: torch.device | str) -> "Schedule":
         """Returns the same schedule with its tables on `device`."""
-        fields = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        fields: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return Schedule(**fields)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Task patterns of FVDM: which timestep each frame has, and which frames are given, when the clip is at time t.
 
-Each function takes t, int64 of shape (B,), with -1 for the clean end, and the number of frames F. It returns (tau, hold):
-tau, int64 (B, F), the timestep of each frame; hold, bool (B, F), true where the frame is given. A given frame has
-timestep 0, the cleanest one that the network was trained on. The patterns are those of FVDM, section 2.4.
+Each function takes t, int64 of shape (B,), with -1 for the clean end, and the number of frames F. It returns
+(tau, hold): tau, int64 (B, F), the timestep of each frame; hold, bool (B, F), true where the frame is given. A given
+frame has timestep 0, the cleanest one that the network was trained on. The patterns are those of FVDM, section 2.4.
 """
 
 from collections.abc import Callable, Sequence
