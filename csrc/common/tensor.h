@@ -1,0 +1,53 @@
+// Tensors of the video layout as kernels see them, and what every launcher needs of PyTorch's stable ABI.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "common/layout.h"
+
+namespace vidkern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, "dtype must be float32, bfloat16 or float16");
+  }
+}
+
+inline Shape shape_of(const Tensor& tokens) {  // (B, F, N, D)
+  return {tokens.size(0), tokens.size(1), tokens.size(2), tokens.size(3)};
+}
+
+inline Tokens tokens_of(const Tensor& tensor) {  // (B, F, N, D), any strides but the last
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+inline FrameVector vector_of(const Tensor& tensor) {  // (B, F, D), any strides but the last
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), dtype_of(tensor)};
+}
+
+// An uninitialised contiguous tensor on the device of another.
+inline Tensor empty_beside(const Tensor& other, std::initializer_list<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_empty(other, {size.begin(), size.size()}, dtype);
+}
+
+inline Tensor empty_tokens(const Tensor& tokens) {
+  return empty_beside(tokens, {tokens.size(0), tokens.size(1), tokens.size(2), tokens.size(3)}, tokens.scalar_type());
+}
+
+inline Tensor empty_statistics(const Tensor& tokens) {  // float32 (B, F, N)
+  return empty_beside(tokens, {tokens.size(0), tokens.size(1), tokens.size(2)}, ScalarType::Float);
+}
+
+}  // namespace vidkern

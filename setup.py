@@ -1,0 +1,150 @@
+"""Builds the compiled operators: vidkern/_C_cpu.so always, vidkern/_C_cuda.so where nvcc is found.
+
+Both speak PyTorch's stable ABI, so one binary serves every Python and every torch >= 2.11. Neither is needed to
+import vidkern. ``VIDKERN_CUDA=0`` leaves the CUDA library out; ``CXX`` and ``CUDA_HOME`` choose the compilers.
+"""
+
+import importlib.util
+import os
+import platform
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "kernels"
+
+CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra -Wno-psabi"
+CUDA_FLAGS = "-std=c++20 -O3 --fmad=true -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v --threads 2"
+CUDA_TARGETS = ("sm_80", "sm_86", "sm_90a")
+PTX_TARGET = "compute_90"  # what later GPUs compile for themselves
+TORCH_ABI = "0x020b000000000000"  # torch 2.11
+
+
+def find_cxx() -> str | None:
+    """Return the C++ compiler, or None."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+
+
+def find_cuda() -> Path | None:
+    """Return the CUDA toolkit's folder, or None where it is missing or unwanted."""
+    if os.environ.get("VIDKERN_CUDA", "1") == "0":
+        return None
+    nvcc = shutil.which("nvcc", path=os.pathsep.join((_cuda_home_bin(), os.environ.get("PATH", ""))))
+    return Path(nvcc).resolve().parent.parent if nvcc else None
+
+
+def _cuda_home_bin() -> str:
+    home = os.environ.get("CUDA_HOME")
+    return str(Path(home) / "bin") if home else ""
+
+
+def torch_folder() -> Path:
+    """Return the folder of the installed torch, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("building vidkern needs torch's headers: install torch >= 2.11 first")
+    return Path(spec.origin).parent
+
+
+def ninja_file(cxx: str, cuda: Path | None) -> str:
+    """Return the build graph: an object per source file, a library per language."""
+    torch = torch_folder()
+    include = f"-DTORCH_TARGET_VERSION={TORCH_ABI} -I{ROOT / 'csrc'} -isystem {torch / 'include'}"
+    rules = [
+        f"cxx = {cxx}",
+        "rule compile_cpu",
+        f"  command = $cxx {CXX_FLAGS} {include} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx -shared $in -o $out $libraries",
+    ]
+    libraries = f"-L{torch / 'lib'} -ltorch_cpu"
+    rules += _library("cpu", "cpp", libraries, [])
+    if cuda is not None:
+        arch = [f"-gencode=arch={sm.replace('sm', 'compute')},code={sm}" for sm in CUDA_TARGETS]
+        arch.append(f"-gencode=arch={PTX_TARGET},code={PTX_TARGET}")
+        rules += [
+            "rule compile_cuda",
+            f"  command = {cuda / 'bin' / 'nvcc'} -ccbin $cxx {CUDA_FLAGS} {' '.join(arch)} -DUSE_CUDA {include}"
+            " -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule stub",  # torch's CUDA library by name: a CPU build of torch does not have it
+            "  command = $cxx -shared -Wl,-soname,libtorch_cuda.so -x c /dev/null -o $out",
+            "build libtorch_cuda.so: stub",
+        ]
+        libraries += f" -Wl,--no-as-needed -L. -ltorch_cuda -L{cuda / 'lib64'} -lcudart_static -ldl -lrt -lpthread"
+        rules += _library("cuda", "cu", libraries, ["libtorch_cuda.so"])
+    return "\n".join(rules) + "\n"
+
+
+def _library(name: str, extension: str, libraries: str, needs: list[str]) -> list[str]:
+    sources = sorted((ROOT / "csrc" / name).glob(f"*.{extension}"))
+    objects = [f"{name}/{source.stem}.o" for source in sources]
+    lines = [f"build {obj}: compile_{name} {source}" for obj, source in zip(objects, sources, strict=True)]
+    after = f" | {' '.join(needs)}" if needs else ""
+    return [*lines, f"build _C_{name}.so: link {' '.join(objects)}{after}", f"  libraries = {libraries}"]
+
+
+class BuildKernels(build_ext):
+    """Runs ninja over the build graph and puts the libraries into the package."""
+
+    def run(self) -> None:
+        """Build what the compilers at hand can build; without a C++ compiler, say so and go on."""
+        cxx = find_cxx()
+        if cxx is None:
+            print("vidkern: no C++ compiler found, so no compiled kernels; Triton and PyTorch remain", file=sys.stderr)
+            return
+        BUILD.mkdir(parents=True, exist_ok=True)
+        graph = ninja_file(cxx, find_cuda())
+        ninja = BUILD / "build.ninja"
+        if not ninja.exists() or ninja.read_text() != graph:
+            ninja.write_text(graph)
+        command = [sys.executable, "-m", "ninja", "-C", str(BUILD)]
+        print(shlex.join(command))
+        subprocess.run(command, check=True)
+        for library in self._outputs():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            fresh = library.with_suffix(".new")
+            shutil.copy2(BUILD / library.name, fresh)
+            fresh.replace(library)  # a process that has the old library mapped keeps it
+
+    def _outputs(self) -> list[Path]:
+        in_place = self.inplace or self.editable_mode
+        package = (ROOT if in_place else Path(self.build_lib)) / "vidkern"
+        built = ["_C_cpu.so"] + (["_C_cuda.so"] if find_cuda() else [])
+        return [package / name for name in built]
+
+    def get_outputs(self) -> list[str]:
+        """Return the files that go into the wheel."""
+        return [str(path) for path in self._outputs() if path.exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Return an empty mapping: an editable install finds the libraries in the source tree."""
+        return {}
+
+
+class AnyPythonWheel(bdist_wheel):
+    """Tags the wheel for every Python 3 on this platform: the stable ABI does not depend on Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return (python, abi, platform)."""
+        return "py3", "none", f"{platform.system().lower()}_{platform.machine()}"
+
+
+setup(
+    version=runpy.run_path(str(ROOT / "vidkern" / "version.py"))["__version__"],
+    packages=find_packages(include=["vidkern", "vidkern.*"]),
+    package_data={"vidkern": ["py.typed", "**/README.md"]},
+    ext_modules=[Extension("vidkern._C_cpu", [])],  # marks the wheel as one for this platform
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},
+)
