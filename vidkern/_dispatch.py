@@ -1,6 +1,8 @@
 """Which backend serves a call: the automatic choice, forcing one, and the log that tells."""
 
 import contextlib
+import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -35,39 +37,36 @@ class Kernel:
     """One backend's implementation of an operator.
 
     ``supports`` gets the operator's arguments and returns None, or in one sentence why it cannot take them.
-    ``unavailable`` is the reason why the implementation cannot run on this machine at all.
+    ``unavailable`` is the reason why the implementation cannot run on this machine at all; ``run`` is then not called.
     """
 
-    run: Callable[..., Any] | None
+    run: Callable[..., Any]
     supports: Callable[..., str | None]
     unavailable: str | None = None
+
+
+def _unreachable(*_: Any) -> Any:
+    raise BackendError("this kernel is not available here")
 
 
 def compiled(library: str, operator: str, supports: Callable[..., str | None]) -> Kernel:
     """Return the kernel that a compiled library ("cpu" or "cuda") holds under the operator's own name."""
     run, reason = _extension.find(library, operator)
-    return Kernel(run, supports, reason)
+    return Kernel(run or _unreachable, supports, reason)
 
 
 def triton_kernel(module: str, operator: str, supports: Callable[..., str | None]) -> Kernel:
     """Return the kernel ``operator`` of a family's triton_kernels module, imported at its first call."""
-    reason = _triton_unavailable()
-    if reason is not None:
-        return Kernel(None, supports, reason)
 
     def run(*args: Any) -> Any:
-        import importlib
-
         return getattr(importlib.import_module(module), operator)(*args)
 
-    return Kernel(run, supports)
+    return Kernel(run, supports, _triton_unavailable())
 
 
 def _triton_unavailable() -> str | None:
-    try:
-        import triton  # noqa: F401  (asked for, not used)
-    except ImportError as error:
-        return f"triton does not import: {error}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
     if torch.cuda.is_available() or _extension.interpreting():
         return None
     return "torch sees no CUDA device (TRITON_INTERPRET=1 runs Triton kernels on the CPU, slowly)"
@@ -131,7 +130,7 @@ class Dispatcher:
         self.kernels = dict(kernels)
         self._device_argument = device_argument
         self._order = {**AUTOMATIC, **(order or {})}
-        self._told: set[tuple[str, str]] = set()
+        self._told: set[str] = set()
 
     def __call__(self, *args: Any) -> Any:
         device = args[self._device_argument].device.type
@@ -139,13 +138,13 @@ class Dispatcher:
             return self._serve_forced(_forced, device, args)
         for candidate in self.order(device):
             kernel = self.kernels.get(candidate)
-            if kernel is None or kernel.run is None:
+            if kernel is None:
                 continue
-            reason = kernel.supports(*args)
+            reason = kernel.unavailable or kernel.supports(*args)
+            if _log_dispatch:
+                self._tell(device, f"not {candidate}: {reason}" if reason else candidate)
             if reason is None:
-                self._tell(candidate, f"{self.name} on {device}: {candidate}")
                 return kernel.run(*args)
-            self._tell(candidate, f"{self.name} on {device}: not {candidate}, {reason}")
         raise BackendError(f"no backend serves {self.name} on {device}")
 
     def order(self, device: str) -> tuple[str, ...]:
@@ -162,18 +161,18 @@ class Dispatcher:
         return None if _runs_on(candidate, device) else f"does not run on {device} tensors"
 
     def _serve_forced(self, name: str, device: str, args: tuple[Any, ...]) -> Any:
-        reason = self.why_not(name, device)
-        kernel = self.kernels.get(name)
-        if reason is None and kernel is not None and kernel.run is not None:
-            reason = kernel.supports(*args)
-            if reason is None:
-                self._tell(name, f"{self.name} on {device}: {name} (forced)")
-                return kernel.run(*args)
-        raise BackendError(f"backend {name!r} is forced, but cannot serve {self.name} on {device}: {reason}")
+        reason = self.why_not(name, device) or self.kernels[name].supports(*args)
+        if reason is not None:
+            raise BackendError(f"backend {name!r} is forced, but cannot serve {self.name} on {device}: {reason}")
+        if _log_dispatch:
+            self._tell(device, f"{name} (forced)")
+        return self.kernels[name].run(*args)
 
-    def _tell(self, candidate: str, message: str) -> None:
-        if _log_dispatch and (candidate, message) not in self._told:
-            self._told.add((candidate, message))
+    def _tell(self, device: str, choice: str) -> None:
+        """Log a choice the first time that it is made."""
+        message = f"{self.name} on {device}: {choice}"
+        if message not in self._told:
+            self._told.add(message)
             log.info(message)
 
 

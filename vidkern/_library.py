@@ -1,16 +1,19 @@
 """Registers an operator with torch: schema, fake kernel, dispatching implementation, autograd formula.
 
-torch.library's define/impl is used rather than the custom_op decorator: a call costs a third as much.
+torch.library's define/impl is used rather than custom_op and register_autograd: a call costs a third as much, and
+forward with backward 16 us less.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from vidkern._dispatch import Dispatcher, Kernel
 
 _LIBRARY = torch.library.Library("vidkern", "DEF")
+_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 
 #: Every operator defined, by name: what `python -m vidkern doctor` lists.
 operators: dict[str, Dispatcher] = {}
@@ -50,7 +53,7 @@ def differentiate(
     save: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
 ) -> None:
-    """Give an operator its gradient.
+    """Give an operator its gradient, once: differentiating twice raises.
 
     Args:
         operator: what :func:`define` returned.
@@ -59,8 +62,22 @@ def differentiate(
         backward: ``backward(ctx, *grads)`` returns a gradient, or None, for every input; it calls a backward operator.
     """
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        save(ctx, inputs, output)
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+            output = operator.redispatch(keyset & _BELOW_AUTOGRAD, *inputs)
+            ctx.set_materialize_grads(False)
+            save(ctx, inputs, output)
+            return output
 
-    torch.library.register_autograd(operator._schema.name, backward, setup_context=setup_context, lib=_LIBRARY)
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return (None, *backward(ctx, *grads))
+
+    def autograd(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs):
+            return Gradient.apply(keyset, *inputs)
+        return operator.redispatch(keyset & _BELOW_AUTOGRAD, *inputs)
+
+    _LIBRARY.impl(operator._schema.name, autograd, "Autograd", with_keyset=True)

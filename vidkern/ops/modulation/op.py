@@ -160,11 +160,9 @@ def _check_eps(eps: float) -> None:
         raise ValueError(f"eps must be a positive number, got {eps!r}")
 
 
-def _supports(*args: Any) -> str | None:
+def _supports(tokens: Tensor, *_: Any) -> str | None:
     """Whether the compiled and Triton kernels take a call: the public function has checked everything else."""
-    if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
-        return "float64 is the reference's"
-    return None
+    return "float64 is the reference's" if tokens.dtype == torch.float64 else None
 
 
 def _kernels(name: str) -> dict[str, Kernel]:
@@ -258,11 +256,11 @@ _gate_residual_modulate = _library.define(
 )
 
 _gate_residual_modulate_backward = _library.define(
-    "gate_residual_modulate_backward(Tensor? dz, Tensor dh, Tensor x, Tensor y, Tensor gate, Tensor scale,"
+    "gate_residual_modulate_backward(Tensor dh, Tensor? dz, Tensor x, Tensor y, Tensor gate, Tensor scale,"
     " Tensor mean, Tensor rstd) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale)",
     kernels=_kernels("gate_residual_modulate_backward"),
     reference=reference.gate_residual_modulate_backward,
-    fake=lambda dz, dh, x, y, gate, scale, mean, rstd: _gate_residual_modulate_grads_like(x),
+    fake=lambda dh, dz, x, y, gate, scale, mean, rstd: _gate_residual_modulate_grads_like(x),
 )
 
 _gate_residual_rms_modulate = _library.define(
@@ -274,11 +272,11 @@ _gate_residual_rms_modulate = _library.define(
 )
 
 _gate_residual_rms_modulate_backward = _library.define(
-    "gate_residual_rms_modulate_backward(Tensor? dz, Tensor dh, Tensor x, Tensor y, Tensor gate, Tensor scale,"
+    "gate_residual_rms_modulate_backward(Tensor dh, Tensor? dz, Tensor x, Tensor y, Tensor gate, Tensor scale,"
     " Tensor rstd) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale)",
     kernels=_kernels("gate_residual_rms_modulate_backward"),
     reference=reference.gate_residual_rms_modulate_backward,
-    fake=lambda dz, dh, x, y, gate, scale, rstd: _gate_residual_modulate_grads_like(x),
+    fake=lambda dh, dz, x, y, gate, scale, rstd: _gate_residual_modulate_grads_like(x),
 )
 
 
@@ -331,7 +329,7 @@ def _backward_gate_residual_modulate(
         if dh is None:  # only z reaches the loss
             return (*_gate_residual_grads(dz, y, gate), None, None, None)
         dz = None if dz is None else _wide_loads(dz)
-        dx, dy, *vectors = operator(dz, _wide_loads(dh), x, y, gate, scale, *statistics)
+        dx, dy, *vectors = operator(_wide_loads(dh), dz, x, y, gate, scale, *statistics)
         return (dx, dy, *(vector.to(scale.dtype) for vector in vectors), None)
 
     return backward

@@ -104,8 +104,8 @@ def gate_residual_modulate(
 
 
 def gate_residual_modulate_backward(
-    dz: Tensor | None,
     dh: Tensor,
+    dz: Tensor | None,
     x: Tensor,
     y: Tensor,
     gate: Tensor,
@@ -133,7 +133,7 @@ def gate_residual_rms_modulate(
 
 
 def gate_residual_rms_modulate_backward(
-    dz: Tensor | None, dh: Tensor, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, rstd: Tensor
+    dh: Tensor, dz: Tensor | None, x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (dx, dy, dgate, dshift, dscale); dz is None where nothing else reads z."""
     wide = accumulator(x.dtype)
