@@ -1,0 +1,353 @@
+"""Latte (Ma et al. 2024): a video diffusion transformer of divided space-time attention; also FVDM's network."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vidkern.nn import (
+    DividedSpaceTimeBlock,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    rotary_tables,
+    sincos_1d,
+    sincos_2d,
+    unpatchify,
+    xavier_linear,
+)
+
+#: (depth, hidden size, heads) of the published sizes; depth counts spatial and temporal blocks together.
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+PATCH_SIZES = (2, 4, 8)
+
+#: Frames in a patch of the tubelet embedding.
+TUBELET_FRAMES = 2
+
+
+@dataclass(frozen=True)
+class LatteConfig:
+    """What a Latte is made of; the defaults are Latte-XL/2 on 16 frames of 32 x 32 latents.
+
+    Attributes:
+        input_size: height and width of a frame, or (height, width), in latent pixels.
+        patch_size: height and width of a patch.
+        in_channels: C of the input; the output has 2C with ``learn_sigma``.
+        hidden_size: D, a multiple of 8.
+        depth: number of blocks, even for variants 1 and 2.
+        num_heads: H, a divisor of D, even for variant 4.
+        mlp_ratio: the MLP's inner width over D.
+        num_frames: frames of the training clips. Other counts work too: positions are computed for them.
+        num_classes: number of classes; None is unconditional.
+        learn_sigma: also predict the variance's interpolation (learned range).
+        variant: the paper's four ways to divide space and time. 1: spatial and temporal blocks in turn. 2: all spatial
+            blocks, then all temporal ones. 3: spatial, then temporal attention inside every block, one MLP. 4: in every
+            block half of the heads attends in space and half in time.
+        patch_embedding: "uniform" embeds each frame; "tubelet" embeds pairs of frames and so halves the token frames.
+        temporal_position: "absolute" adds a sine-cosine table where time is first attended to; "rope" rotates temporal
+            queries and keys instead.
+        class_dropout: how often a sample's labels become the null class in training.
+        text_size: length of a flattened text embedding (77 * 768 for CLIP's); None is without text.
+    """
+
+    input_size: int | tuple[int, int] = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_frames: int = 16
+    num_classes: int | None = None
+    learn_sigma: bool = True
+    variant: int = 1
+    patch_embedding: str = "uniform"
+    temporal_position: str = "absolute"
+    class_dropout: float = 0.1
+    text_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built."""
+        _require(self.variant in (1, 2, 3, 4), "variant", "1, 2, 3 or 4", self.variant)
+        _require(
+            self.patch_embedding in ("uniform", "tubelet"),
+            "patch_embedding",
+            "uniform or tubelet",
+            self.patch_embedding,
+        )
+        _require(
+            self.temporal_position in ("absolute", "rope"),
+            "temporal_position",
+            "absolute or rope",
+            self.temporal_position,
+        )
+        _require(self.variant > 2 or self.depth % 2 == 0, "depth", "even in variants 1 and 2", self.depth)
+        _require(
+            self.num_heads > 0 and self.hidden_size % self.num_heads == 0,
+            "num_heads",
+            f"a divisor of hidden_size = {self.hidden_size}",
+            self.num_heads,
+        )
+        _require(
+            self.num_classes is None or self.text_size is None,
+            "text_size",
+            "None where num_classes is given",
+            self.text_size,
+        )
+        _require(0 <= self.class_dropout < 1, "class_dropout", "in [0, 1)", self.class_dropout)
+        for name, size, patch in (
+            ("input_size", self.frame_size[0], self.patch_size),
+            ("input_size", self.frame_size[1], self.patch_size),
+            ("num_frames", self.num_frames, self.patch_frames),
+        ):
+            _require(size > 0 and size % patch == 0, name, f"a multiple of the patch's {patch}", getattr(self, name))
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """(height, width) of a frame."""
+        return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
+
+    @property
+    def patch_frames(self) -> int:
+        """Frames in a patch."""
+        return TUBELET_FRAMES if self.patch_embedding == "tubelet" else 1
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return 2 * self.in_channels if self.learn_sigma else self.in_channels
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """The kind of attention of every block."""
+        half = self.depth // 2
+        return {
+            1: ("spatial", "temporal") * half,
+            2: ("spatial",) * half + ("temporal",) * half,
+            3: ("space_then_time",) * self.depth,
+            4: ("split_heads",) * self.depth,
+        }[self.variant]
+
+
+def latte(name: str, **overrides: Any) -> "Latte":
+    """Build a published size, e.g. ``latte("Latte-XL/2", num_classes=101)``.
+
+    Args:
+        name: "Latte-<S, B, L or XL>/<patch size 2, 4 or 8>".
+        overrides: other fields of :class:`LatteConfig`.
+    """
+    return Latte(published_config("Latte", name, **overrides))
+
+
+def published_config(family: str, name: str, **overrides: Any) -> LatteConfig:
+    """Return the configuration of "<family>-<size>/<patch>", with the fields given replaced."""
+    known = {f"{family}-{size}/{patch}": (size, patch) for size in SIZES for patch in PATCH_SIZES}
+    if name not in known:
+        raise ValueError(f"name must be one of {', '.join(known)}, got {name!r}")
+    size, patch = known[name]
+    depth, hidden_size, num_heads = SIZES[size]
+    published = {"patch_size": patch, "depth": depth, "hidden_size": hidden_size, "num_heads": num_heads}
+    return LatteConfig(**{**published, **overrides})
+
+
+class Latte(nn.Module):
+    """The network: epsilon and, with ``learn_sigma``, the variance of noisy clips at given timesteps.
+
+    Initialised as DiT: every gate and the output layer are zero, so a fresh model predicts exactly 0.
+
+    Tokens are (B, F, N, D) from the patch embedding to the final layer. Between blocks goes the residual stream and the
+    branch still to be added to it, so that each norm, modulation and gated addition is one pass over the tokens.
+
+    The residual stream has the dtype in which the patch embedding's product comes out: bfloat16 under autocast. A norm
+    reads the sum before it is rounded, so each block loses one rounding, less than its bfloat16 products do; float32
+    would double the traffic of every operator between them.
+
+    Set ``activation_checkpointing`` to keep only the blocks' inputs for the backward pass and compute the rest again.
+    """
+
+    def __init__(self, config: LatteConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        size = config.hidden_size
+        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, size, config.patch_frames)
+        self.t_embedder = TimestepEmbedder(size)
+        if config.num_classes is not None:
+            self.y_embedder = LabelEmbedder(config.num_classes, size, config.class_dropout)
+        if config.text_size is not None:
+            self.text_embedding_projection = nn.Sequential(nn.SiLU(), xavier_linear(config.text_size, size))
+        self.blocks = nn.ModuleList(
+            DividedSpaceTimeBlock(size, config.num_heads, attention, config.mlp_ratio)
+            for attention in config.attentions
+        )
+        patch_values = config.patch_frames * config.patch_size**2 * config.out_channels
+        self.final_layer = FinalLayer(size, patch_values)
+        height, width = config.frame_size
+        grid = height // config.patch_size, width // config.patch_size
+        self.pos_embed = nn.Parameter(sincos_2d(*grid, size)[None], requires_grad=False)
+        if config.temporal_position == "absolute":
+            frames = torch.arange(config.num_frames // config.patch_frames)
+            self.temp_embed = nn.Parameter(sincos_1d(frames, size)[None], requires_grad=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        *,
+        text: Tensor | None = None,
+        num_images: int = 0,
+        image_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the noise, and with ``learn_sigma`` the variance, of noisy clips.
+
+        Args:
+            x: (B, F, C, H, W) noisy latents or pixels. F, H and W need not be those of the configuration.
+            t: timesteps: (B,), or (B, F) with one for each frame (FVDM). A tubelet takes the mean of its frames'
+                embeddings.
+            y: (B,) int64 class labels; ``num_classes`` is the null class. Wanted by a class-conditional model only.
+            text: (B, ...) text embeddings with ``text_size`` values each. Wanted by a text-conditional model only.
+            num_images: joint training on images: so many of x's last frames are single images, which no attention over
+                frames connects to anything.
+            image_labels: (B, num_images) int64 labels of the images, for a class-conditional model.
+
+        Returns:
+            (B, F, 2C, H, W) = [epsilon, sigma] along channels with ``learn_sigma``, else (B, F, C, H, W); in the dtype
+            of the final linear layer (autocast's, under autocast).
+
+        Raises:
+            ValueError: a shape that does not fit, or a condition that is missing or unknown to this model.
+        """
+        self._check(x, t, y, text, num_images, image_labels)
+        frames = x.shape[1] - num_images
+        time = self.t_embedder(t if t.dim() == 2 else t[:, None])  # (B, 1 or F, D)
+        label = self.y_embedder(y)[:, None] if y is not None else None
+        prompt = self.text_embedding_projection(text.flatten(1))[:, None] if text is not None else None
+        if not num_images:
+            return self._denoise(x, time, label, prompt)
+        video = self._denoise(x[:, :frames], time[:, :frames], label)
+        image_time = time.expand(-1, x.shape[1], -1)[:, frames:]
+        image_label = self.y_embedder(image_labels) if image_labels is not None else None
+        return torch.cat([video, self._denoise_images(x[:, frames:], image_time, image_label)], dim=1)
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, cfg_scale: float = 7.0, *, text: Tensor | None = None
+    ) -> Tensor:
+        """Predict with classifier-free guidance: epsilon = uncond + cfg_scale * (cond - uncond).
+
+        Args:
+            x: (2B, F, C, H, W); the first half is used for both halves.
+            t: (2B,) or (2B, F).
+            y: (2B,): the classes, then the null class.
+            cfg_scale: 1 is no guidance.
+            text: (2B, ...): the texts, then the empty ones.
+
+        Returns:
+            (2B, F, 2C, H, W): the guided epsilon in both halves; each half keeps its own variance channels.
+        """
+        half = x[: len(x) // 2]
+        out = self(torch.cat([half, half]), t, y, text=text)
+        epsilon, rest = out.split([self.config.in_channels, out.shape[2] - self.config.in_channels], dim=2)
+        cond, uncond = epsilon.chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([guided, guided]), rest], dim=2)
+
+    def _denoise(
+        self, x: Tensor, time: Tensor, label: Tensor | None, prompt: Tensor | None = None, in_time: bool = True
+    ) -> Tensor:
+        """Run the network on clips, or, with ``in_time`` False, without its temporal blocks and positions."""
+        tokens = self.x_embedder(x)  # (B, F', N, D)
+        grid = x.shape[3] // self.config.patch_size, x.shape[4] // self.config.patch_size
+        tokens = tokens + self._space_positions(grid).to(tokens.dtype)
+        condition, last_condition = self._conditions(time, label, prompt)
+        rope = self._rope(tokens.shape[1], tokens.device)
+        branch = None
+        for i, (block, attention) in enumerate(zip(self.blocks, self.config.attentions, strict=True)):
+            if attention == "temporal" and not in_time:
+                continue
+            if i == self._first_in_time and in_time and self.config.temporal_position == "absolute":
+                tokens = tokens + self._time_positions(tokens.shape[1]).to(tokens.dtype)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                tokens, branch = checkpoint(block, tokens, condition, branch, rope, use_reentrant=False)
+            else:
+                tokens, branch = block(tokens, condition, branch, rope)
+        patches = self.final_layer(tokens, last_condition, branch)
+        return unpatchify(patches, grid, self.config.patch_size, self.config.patch_frames)
+
+    def _denoise_images(self, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
+        """Run (B, I) images as B * I clips of one frame: (B, I, C, H, W) -> (B, I, C_out, H, W)."""
+        x_clips, time_clips = x.flatten(0, 1)[:, None], time.flatten(0, 1)[:, None]
+        label_clips = None if label is None else label.flatten(0, 1)[:, None]
+        return self._denoise(x_clips, time_clips, label_clips, in_time=False).unflatten(0, x.shape[:2]).squeeze(2)
+
+    def _conditions(self, time: Tensor, label: Tensor | None, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the condition of the blocks and that of the final layer, which never sees the text."""
+        if self.config.patch_frames > 1 and time.shape[1] > 1:
+            time = time.unflatten(1, (-1, self.config.patch_frames)).mean(2)
+        if prompt is not None:
+            return time + prompt, time
+        condition = time if label is None else time + label
+        return condition, condition
+
+    @property
+    def _first_in_time(self) -> int:
+        """The first block that attends over frames, which is where time's positions are added."""
+        return next(i for i, attention in enumerate(self.config.attentions) if attention != "spatial")
+
+    def _space_positions(self, grid: tuple[int, int]) -> Tensor:
+        """(N, D) for a frame of this grid: the stored table, or another grid's, computed."""
+        height, width = self.config.frame_size
+        if grid == (height // self.config.patch_size, width // self.config.patch_size):
+            return self.pos_embed[0]
+        return sincos_2d(*grid, self.config.hidden_size, device=self.pos_embed.device)
+
+    def _time_positions(self, frames: int) -> Tensor:
+        """(F, 1, D): the first rows of the stored table, or a longer one, computed."""
+        if frames <= self.temp_embed.shape[1]:
+            return self.temp_embed[0, :frames, None]
+        positions = torch.arange(frames, device=self.temp_embed.device)
+        return sincos_1d(positions, self.config.hidden_size)[:, None]
+
+    def _rope(self, frames: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        if self.config.temporal_position != "rope":
+            return None
+        return rotary_tables(frames, self.config.hidden_size // self.config.num_heads, device)
+
+    def _check(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None,
+        text: Tensor | None,
+        num_images: int,
+        image_labels: Tensor | None,
+    ) -> None:
+        config = self.config
+        if x.dim() != 5 or x.shape[2] != config.in_channels:
+            raise ValueError(f"x must be (B, F, C = {config.in_channels}, H, W), got {tuple(x.shape)}")
+        batch, frames = x.shape[:2]
+        if t.shape not in ((batch,), (batch, frames)):
+            raise ValueError(f"t must be (B,) = {(batch,)} or (B, F) = {(batch, frames)}, got {tuple(t.shape)}")
+        if not 0 <= num_images < frames:
+            raise ValueError(f"num_images must be at least 0 and below x's {frames} frames, got {num_images}")
+        if num_images and (config.patch_frames > 1 or text is not None):
+            raise ValueError(f"num_images must be 0 with tubelets or with text, got {num_images}")
+        _check_condition("y", y, (batch,) if config.num_classes is not None else None)
+        labelled = config.num_classes is not None and num_images > 0
+        _check_condition("image_labels", image_labels, (batch, num_images) if labelled else None)
+        if (text is None) != (config.text_size is None):
+            raise ValueError(f"text must be {'None' if text is not None else 'given'}: text_size is {config.text_size}")
+
+
+def _check_condition(name: str, value: Tensor | None, wanted: tuple[int, ...] | None) -> None:
+    got = None if value is None else tuple(value.shape)
+    if got != wanted:
+        raise ValueError(f"{name} must be {'None' if wanted is None else f'of shape {wanted}'}, got {got}")
+
+
+def _require(holds: bool, name: str, wanted: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {wanted}, got {got!r}")

@@ -1,0 +1,37 @@
+"""Modules over the operators, with the parameter names that users of Latte, FVDM and DiT know."""
+
+from vidkern.nn.attention import (
+    Rope,
+    SpaceThenTimeAttention,
+    SpatialAttention,
+    SplitHeadAttention,
+    TemporalAttention,
+)
+from vidkern.nn.block import DividedSpaceTimeBlock, FinalLayer, Mlp
+from vidkern.nn.embedding import LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
+from vidkern.nn.linear import xavier_linear, zero_linear
+from vidkern.nn.modulation import Branch, PerFrameModulation, residual_modulate
+from vidkern.nn.position import rotary_tables, sincos_1d, sincos_2d
+
+__all__ = [
+    "Branch",
+    "DividedSpaceTimeBlock",
+    "FinalLayer",
+    "LabelEmbedder",
+    "Mlp",
+    "PatchEmbed",
+    "PerFrameModulation",
+    "Rope",
+    "SpaceThenTimeAttention",
+    "SpatialAttention",
+    "SplitHeadAttention",
+    "TemporalAttention",
+    "TimestepEmbedder",
+    "residual_modulate",
+    "rotary_tables",
+    "sincos_1d",
+    "sincos_2d",
+    "unpatchify",
+    "xavier_linear",
+    "zero_linear",
+]
