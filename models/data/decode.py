@@ -12,7 +12,7 @@ import av
 import numpy as np
 
 
-class VideoError(Exception):
+class VideoError(ValueError):
     """A file gives no clip. The message is the reason in a few words, without the path."""
 
 
@@ -38,7 +38,7 @@ def frame_table(path: Path) -> FrameTable:
     try:
         changed = os.stat(path).st_mtime_ns
     except OSError as error:
-        raise VideoError(f"cannot be opened ({error.strerror})") from error
+        raise VideoError(f"cannot be read ({error.strerror})") from error
     return _frame_table(path, changed)
 
 
@@ -113,8 +113,6 @@ def _collect(frames: Iterator[tuple[int | None, av.VideoFrame]], wanted: set[int
     found = {}
     for number, frame in frames:
         if number in wanted:
-            if frame.is_corrupt:
-                raise VideoError("damaged frames")
             found[number] = _rgb(frame)
         if number is None or number >= last:
             break
@@ -127,7 +125,9 @@ def _count(path: Path) -> int:
 
 
 def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    """The frame as uint8 (H, W, 3), turned upright as the file asks."""
+    """The frame as uint8 (H, W, 3), turned upright as the file asks. Raises VideoError for a damaged one."""
+    if frame.is_corrupt:
+        raise VideoError("damaged frames")
     image = frame.reformat(format="rgb24", threads=1).to_ndarray()
     return np.rot90(image, frame.rotation // 90) if frame.rotation else image
 
@@ -143,4 +143,4 @@ def _open(path: Path) -> Iterator[av.container.InputContainer]:
             container.streams.video[0].codec_context.thread_count = 1
             yield container
     except av.FFmpegError as error:
-        raise VideoError(f"cannot be decoded ({error.strerror})") from error
+        raise VideoError(f"cannot be read ({error.strerror})") from error

@@ -34,7 +34,7 @@ class Listing:
 
 
 def list_videos(source: str | Path) -> Listing:
-    """List a folder (searched through) or a manifest (.csv, .txt, .jsonl).
+    """List a folder (searched through), a manifest (.csv, .txt, .jsonl) or one video file.
 
     A folder's classes are the names of its direct sub-folders, sorted; files beside them are of class ".". A manifest
     line is `path[,label[,start]]`, with an optional header, or an object with these keys; paths are relative to the
@@ -45,10 +45,12 @@ def list_videos(source: str | Path) -> Listing:
     source = Path(source)
     if source.is_dir():
         listing = _list_folder(source)
+    elif source.suffix.lower() in SUFFIXES and source.is_file():
+        listing = Listing([Video(source, source.name, 0)], ["."], [])
     elif source.is_file():
         listing = _list_manifest(source)
     else:
-        raise FileNotFoundError(f"no folder or manifest of videos at {source}")
+        raise FileNotFoundError(f"no folder, manifest or file of videos at {source}")
     if not listing.videos:
         raise ValueError(f"no video files in {source}")
     return listing
@@ -75,7 +77,7 @@ def _class(name: Path) -> str:
 
 def _list_manifest(manifest: Path) -> Listing:
     if manifest.suffix not in (".csv", ".txt", ".jsonl"):
-        raise ValueError(f"a manifest of videos must be .csv, .txt or .jsonl, got {manifest.name}")
+        raise ValueError(f"{manifest.name} is no video, and a manifest of videos must be .csv, .txt or .jsonl")
     rows = list(_read_jsonl(manifest) if manifest.suffix == ".jsonl" else _read_csv(manifest))
     labels = {label for _, label, _ in rows}
     if all(label.isdecimal() for label in labels):

@@ -35,7 +35,7 @@ class Report:
 
 
 class VideoFolder(SeededDataset):
-    """One clip of each video: {"video": float32 (F, 3, height, width) in [-1, 1], "label": int64}.
+    """A clip of each video: {"video": float32 (F, 3, height, width) in [-1, 1], "label": int64}.
 
     A clip is `num_frames` frames, `frame_interval` apart, from a place drawn anew each epoch (or the manifest's
     `start`), resized until it covers `size` and cropped. With `use_image_num` > 0 that many single frames of videos
