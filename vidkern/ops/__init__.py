@@ -1,5 +1,12 @@
 """The operators, one sub-package per family."""
 
+from vidkern.ops.attention import (
+    axial_attention,
+    joint_attention,
+    local_global_attention,
+    spatial_attention,
+    temporal_attention,
+)
 from vidkern.ops.modulation import (
     gate_residual,
     gate_residual_modulate,
@@ -9,9 +16,14 @@ from vidkern.ops.modulation import (
 )
 
 __all__ = [
+    "axial_attention",
     "gate_residual",
     "gate_residual_modulate",
     "gate_residual_rms_modulate",
+    "joint_attention",
     "layer_norm_modulate",
+    "local_global_attention",
     "rms_norm_modulate",
+    "spatial_attention",
+    "temporal_attention",
 ]
