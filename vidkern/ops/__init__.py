@@ -7,6 +7,7 @@ from vidkern.ops.attention import (
     spatial_attention,
     temporal_attention,
 )
+from vidkern.ops.embedding import timestep_embedding
 from vidkern.ops.modulation import (
     gate_residual,
     gate_residual_modulate,
@@ -14,16 +15,25 @@ from vidkern.ops.modulation import (
     layer_norm_modulate,
     rms_norm_modulate,
 )
+from vidkern.ops.noise import add_noise, diffusion_mse, philox_normal
+from vidkern.ops.sampling import ddim_step, ddpm_step, flow_step
 
 __all__ = [
+    "add_noise",
     "axial_attention",
+    "ddim_step",
+    "ddpm_step",
+    "diffusion_mse",
+    "flow_step",
     "gate_residual",
     "gate_residual_modulate",
     "gate_residual_rms_modulate",
     "joint_attention",
     "layer_norm_modulate",
     "local_global_attention",
+    "philox_normal",
     "rms_norm_modulate",
     "spatial_attention",
     "temporal_attention",
+    "timestep_embedding",
 ]

@@ -1,0 +1,329 @@
+"""The noise operators: Philox noise, forward diffusion with a timestep per frame, and the loss on its target."""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from vidkern import _library
+from vidkern.ops import _check
+from vidkern.ops.noise import reference
+from vidkern.ops.noise.arguments import (
+    check_choice,
+    check_counts,
+    check_key,
+    weight_per_frame,
+)
+
+TARGETS = ("epsilon", "v", "flow")
+PREDICTIONS = (*TARGETS, "x0")
+
+
+def philox_normal(
+    shape: Sequence[int],
+    key: Tensor,
+    *,
+    sharing: str = "independent",
+    base_weight: float | Tensor | None = None,
+    sample_offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw standard normal noise for a batch of clips: the same bits on every backend and device.
+
+    The number at (b, f, e) is a function of the key, ``sample_offset + b``, f and e alone, e counting row-major
+    over the dimensions after F; so ``philox_normal((8, ...), key)[4:]`` is
+    ``philox_normal((4, ...), key, sample_offset=4)``. Philox4x32-10 (Salmon et al. 2011) and Box-Muller: README.md.
+
+    Args:
+        shape: (B, F, ...), two dimensions or more.
+        key: int64 (2,) = (seed, offset), from :func:`vidkern.rng.next_key` or :class:`vidkern.rng.KeyStream`.
+        sharing: "independent": each frame has its own noise; "shared": all frames of a sample have one (S2DM);
+            "mixed": sqrt(w) * base + sqrt(1 - w) * own, base common to the frames (VideoFusion; PYoCo's mixed noise);
+            "progressive": n_f = sqrt(w) * n_(f-1) + sqrt(1 - w) * own_f, n_0 = own_0 (PYoCo). Each frame's noise is
+            standard normal in every mode. PYoCo's a is w = a^2 / (1 + a^2).
+        base_weight: w in [0, 1], the share of the variance that is common, for "mixed" and "progressive": a number,
+            or a float32 tensor (F,) or (B, F), whose range is not checked (outside it the noise is NaN).
+        sample_offset: global index of the batch's first sample.
+        dtype: of the result; the float32 noise is rounded to it once.
+        device: None or the key's, where the result is.
+
+    Returns:
+        Noise of the shape and dtype, contiguous. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape, range or device.
+    """
+    shape = tuple(shape)
+    if len(shape) < 2 or any(size < 0 for size in shape):
+        raise ValueError(f"shape must be (B, F, ...) with sizes of at least 0, got {shape}")
+    batch, frames, *rest = shape
+    check_key(key)
+    if dtype not in _check.FLOATS:
+        raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+    if device is not None and not _same_device(torch.device(device), key.device):
+        raise ValueError(f"device must be None or the key's ({key.device}), got {device}")
+    check_counts(batch, frames, _product(rest), sample_offset)
+    weight = weight_per_frame(sharing, base_weight, batch, frames, key.device)
+    return _philox_normal(shape, key, sharing, weight, sample_offset, dtype)
+
+
+@overload
+def add_noise(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    *,
+    sharing: str = ...,
+    base_weight: float | Tensor | None = ...,
+    target: None = ...,
+    sample_offset: int = ...,
+) -> Tensor: ...
+
+
+@overload
+def add_noise(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    *,
+    sharing: str = ...,
+    base_weight: float | Tensor | None = ...,
+    target: str,
+    sample_offset: int = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def add_noise(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    *,
+    sharing: str = "independent",
+    base_weight: float | Tensor | None = None,
+    target: str | None = None,
+    sample_offset: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Diffuse clean frames forward, each to its own noise level: x_t = alpha * x0 + sigma * n.
+
+    n is :func:`philox_normal` of x0's shape. alpha, sigma = sqrt(abar), sqrt(1 - abar) is DDPM (Ho et al. 2020) with
+    a timestep per frame (FVDM 2.2); 1 - s, s is flow matching (Lipman et al. 2023).
+
+    Args:
+        x0: (B, F, C, H, W) clean latents or pixels, any strides.
+        alpha: (B, F) float32, any strides (float64 too where x0 is float64).
+        sigma: as ``alpha``.
+        key: int64 (2,), see :func:`philox_normal`.
+        sharing: see :func:`philox_normal`; S2DM trains with "shared".
+        base_weight: see :func:`philox_normal`.
+        target: None, or what a model regresses on, written in the same pass: "epsilon": n; "v": alpha * n - sigma * x0
+            (Salimans & Ho 2022); "flow": n - x0, the velocity of x_t as s grows.
+        sample_offset: see :func:`philox_normal`.
+
+    Returns:
+        x_t, or (x_t, target): x0's shape and dtype, contiguous. Differentiable in x0, alpha and sigma.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape, range or device.
+    """
+    weight = _check_diffusion(x0, alpha, sigma, key, sharing, base_weight, sample_offset)
+    if target is not None:
+        check_choice("target", target, TARGETS)
+    x_t, regressed = _add_noise(x0, alpha, sigma, key, target, sharing, weight, sample_offset)
+    return x_t if target is None else (x_t, regressed)
+
+
+def diffusion_mse(
+    pred: Tensor,
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    *,
+    prediction: str = "epsilon",
+    weight: Tensor | None = None,
+    sharing: str = "independent",
+    base_weight: float | Tensor | None = None,
+    sample_offset: int = 0,
+) -> Tensor:
+    """Return each frame's mean squared error against the target that :func:`add_noise` had with the same key.
+
+        loss[b, f] = weight[b, f] * mean over (C, H, W) of (pred - target)^2
+
+    The noise is drawn again from the key instead of read, and the gradient is prepared in the same pass.
+
+    Args:
+        pred: (B, F, C, H, W) the model's output, any strides (the first half of a learned-range output is a view);
+            float32, float16, bfloat16 or float64.
+        x0: (B, F, C, H, W) what was given to :func:`add_noise`; its dtype may differ from pred's.
+        alpha: (B, F), as given to :func:`add_noise`.
+        sigma: as ``alpha``.
+        key: as given to :func:`add_noise`; so are ``sharing``, ``base_weight`` and ``sample_offset``.
+        prediction: what pred estimates: "epsilon", "v" or "flow" as in :func:`add_noise`, or "x0".
+        weight: None or (B, F) float32.
+        sharing: see :func:`philox_normal`.
+        base_weight: see :func:`philox_normal`.
+        sample_offset: see :func:`philox_normal`.
+
+    Returns:
+        (B, F) float32 (float64 where pred or x0 is float64). Differentiable in pred, x0, alpha, sigma and weight;
+        the gradient is taken of the residual rounded to pred's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape, range or device.
+    """
+    shared_weight = _check_diffusion(x0, alpha, sigma, key, sharing, base_weight, sample_offset)
+    _check.is_tensor("pred", pred)
+    _check.has_shape("pred", pred, x0.shape, "(B, F, C, H, W) as x0")
+    _check.has_dtype("pred", pred, _check.FLOATS)
+    _check.same_device("pred", pred, "x0", x0)
+    check_choice("prediction", prediction, PREDICTIONS)
+    if weight is not None:
+        _check_level("weight", weight, x0)
+    mse = _diffusion_mse(pred, x0, alpha, sigma, key, prediction, sharing, shared_weight, sample_offset)[0]
+    return mse if weight is None else weight * mse
+
+
+def _product(sizes: Sequence[int]) -> int:
+    product = 1
+    for size in sizes:
+        product = product * size
+    return product
+
+
+def _same_device(wanted: torch.device, device: torch.device) -> bool:
+    return wanted.type == device.type and wanted.index in (None, device.index)
+
+
+def _check_level(name: str, level: Any, x0: Tensor) -> None:
+    _check.is_tensor(name, level)
+    _check.has_shape(name, level, x0.shape[:2], "(B, F)")
+    _check.has_dtype(name, level, (torch.float32, x0.dtype) if x0.dtype == torch.float64 else (torch.float32,))
+    _check.same_device(name, level, "x0", x0)
+
+
+def _check_diffusion(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    sharing: str,
+    base_weight: float | Tensor | None,
+    sample_offset: int,
+) -> Tensor | None:
+    _check.is_tensor("x0", x0)
+    _check.has_dims("x0", x0, "(B, F, C, H, W)")
+    _check.has_dtype("x0", x0, _check.FLOATS)
+    _check_level("alpha", alpha, x0)
+    _check_level("sigma", sigma, x0)
+    check_key(key)
+    _check.same_device("key", key, "x0", x0)
+    batch, frames, *rest = x0.shape
+    check_counts(batch, frames, _product(rest), sample_offset)
+    return weight_per_frame(sharing, base_weight, batch, frames, x0.device)
+
+
+def _levels_like(x0: Tensor) -> Tensor:
+    return x0.new_empty(x0.shape[:2], dtype=reference.wide_dtype(x0))
+
+
+_philox_normal = _library.define(
+    "philox_normal(SymInt[] shape, Tensor key, str sharing, Tensor? base_weight, SymInt sample_offset,"
+    " ScalarType dtype) -> Tensor",
+    kernels={},
+    reference=reference.philox_normal,
+    fake=lambda shape, key, sharing, base_weight, sample_offset, dtype: key.new_empty(shape, dtype=dtype),
+)
+
+_add_noise = _library.define(
+    "add_noise(Tensor x0, Tensor alpha, Tensor sigma, Tensor key, str? target, str sharing, Tensor? base_weight,"
+    " SymInt sample_offset) -> (Tensor x_t, Tensor target)",
+    kernels={},
+    reference=reference.add_noise,
+    fake=lambda x0, alpha, sigma, key, target, *_: (
+        x0.new_empty(x0.shape),
+        x0.new_empty(0 if target is None else x0.shape),
+    ),
+)
+
+_add_noise_backward = _library.define(
+    "add_noise_backward(Tensor? dx_t, Tensor? dtarget, Tensor x0, Tensor alpha, Tensor sigma, Tensor key,"
+    " str? target, str sharing, Tensor? base_weight, SymInt sample_offset)"
+    " -> (Tensor dx0, Tensor dalpha, Tensor dsigma)",
+    kernels={},
+    reference=reference.add_noise_backward,
+    fake=lambda dx_t, dtarget, x0, *_: (x0.new_empty(x0.shape), _levels_like(x0), _levels_like(x0)),
+)
+
+_diffusion_mse = _library.define(
+    "diffusion_mse(Tensor pred, Tensor x0, Tensor alpha, Tensor sigma, Tensor key, str prediction, str sharing,"
+    " Tensor? base_weight, SymInt sample_offset) -> (Tensor mse, Tensor residual)",
+    kernels={},
+    reference=reference.diffusion_mse,
+    fake=lambda pred, x0, *_: (
+        pred.new_empty(pred.shape[:2], dtype=reference.wide_dtype(pred, x0)),
+        pred.new_empty(pred.shape),
+    ),
+)
+
+_diffusion_mse_backward = _library.define(
+    "diffusion_mse_backward(Tensor dmse, Tensor residual) -> Tensor",
+    kernels={},
+    reference=reference.diffusion_mse_backward,
+    fake=lambda dmse, residual: residual.new_empty(residual.shape),
+)
+
+
+def _save_add_noise(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x0, alpha, sigma, key, target, sharing, base_weight, sample_offset = inputs
+    ctx.save_for_backward(x0, alpha, sigma, key, base_weight)
+    ctx.options = target, sharing, sample_offset
+
+
+def _backward_add_noise(ctx: Any, dx_t: Tensor | None, dtarget: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_add_noise_grads(dx_t, dtarget, *ctx.saved_tensors, *ctx.options), None, None, None, None, None)
+
+
+def _add_noise_grads(
+    dx_t: Tensor | None,
+    dtarget: Tensor | None,
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    base_weight: Tensor | None,
+    target: str | None,
+    sharing: str,
+    sample_offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx0, dalpha, dsigma = _add_noise_backward(
+        dx_t, dtarget, x0, alpha, sigma, key, target, sharing, base_weight, sample_offset
+    )
+    return dx0, dalpha.to(alpha.dtype), dsigma.to(sigma.dtype)
+
+
+def _save_diffusion_mse(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, x0, alpha, sigma, key, prediction, sharing, base_weight, sample_offset = inputs
+    residual = output[1]
+    ctx.mark_non_differentiable(residual)
+    ctx.save_for_backward(residual, x0, alpha, sigma, key, base_weight)
+    ctx.options = prediction, sharing, sample_offset
+
+
+def _backward_diffusion_mse(ctx: Any, dmse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dmse is None:
+        return (None,) * 9
+    residual, *inputs = ctx.saved_tensors
+    dpred = _diffusion_mse_backward(dmse, residual)
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if any(ctx.needs_input_grad[1:4]):  # the target's side
+        grads = _add_noise_grads(None, -dpred, *inputs, *ctx.options)
+    return (dpred, *grads, None, None, None, None, None)
+
+
+_library.differentiate(_add_noise, save=_save_add_noise, backward=_backward_add_noise)
+_library.differentiate(_diffusion_mse, save=_save_diffusion_mse, backward=_backward_diffusion_mse)
