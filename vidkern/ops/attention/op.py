@@ -155,9 +155,9 @@ def head_scale(scale: float | None, d: int) -> float:
     """Return the scale given, or 1 / sqrt(d)."""
     if scale is None:
         return 1 / math.sqrt(d)
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:
         raise ValueError(f"scale must be a finite number, got {scale!r}")
-    return float(scale)
+    return scale
 
 
 def _listed(values: tuple[int, ...]) -> str:
