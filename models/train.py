@@ -1,0 +1,267 @@
+"""Trains Latte or FVDM: `python -m models.train --config models/configs/latte_s_digits.yaml --optim.lr 2e-4`.
+
+`torchrun --nproc-per-node=N -m models.train ...` shares the same batch between N processes. A run writes to `run_dir`:
+
+    config.yaml              the configuration
+    metrics.jsonl            one line a step: loss, mse, vb, gradient norm, learning rate
+    checkpoints/step_*.pt    model, EMA, optimiser, step and configuration; the newest `log.keep`
+    tensorboard/             loss, gradient norm, learning rate, clips/s, memory, sample clips
+    samples/step_*.{gif,png} sample clips of the EMA weights
+    export/model.safetensors the EMA weights, when the last step is done
+
+Started again, it goes on from the newest checkpoint, and its losses are those of a run that never stopped: every random
+number, and the place in the data, follows from the seed and the step. A checkpoint that cannot be written (a full disk)
+costs a warning, and training goes on to the next one; the older ones stay.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.config import TrainConfig, one_line_errors, parse_train_config, to_dict, to_yaml
+from models.data import VideoError
+from models.latte import Latte
+from models.sampling.codec import Codec, make_codec
+from models.training import checkpointing
+from models.training.data import Batches
+from models.training.distributed import World, distribute, gradient_exchange, join_world
+from models.training.ema import update_ema
+from models.training.export import export_weights
+from models.training.metrics import Metrics, NonFiniteError, warn
+from models.training.optimizer import apply_settings, clip_gradients, learning_rate, make_optimizer
+from models.training.rng import seed_process, seed_step
+from models.training.samples import write_samples
+from models.training.state import gather, gather_weights, scatter
+from vidkern.diffusion import Schedule, diffusion_loss, make_schedule, sample_timesteps
+from vidkern.rng import KeyStream
+
+PROG = "models.train"
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that a training step reads or changes."""
+
+    config: TrainConfig
+    world: World
+    schedule: Schedule
+    model: Latte
+    network: nn.Module  # what training calls: `model`, or a DDP replica around it
+    ema: Latte
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator  # draws the timesteps of the whole batch
+    keys: KeyStream  # noise keys, one a step, the same in every process
+    codec: Codec | None  # shows sample clips
+    step: int = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return Path(self.config.run_dir) / "checkpoints"
+
+    def tell(self, message: str) -> None:
+        """Print one line, once."""
+        if self.world.is_main:
+            tqdm.write(f"{PROG}: {message}", file=sys.stderr)
+
+
+def make_run(config: TrainConfig, world: World) -> Run:
+    """Build a run at step 0, the same in every process."""
+    seed_process(config.seed)
+    torch.set_float32_matmul_precision("high")
+    model = Latte(config.model).to(world.device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    model.activation_checkpointing = config.activation_checkpointing
+    if config.compile:
+        model.compile()
+    network = distribute(model, ema, config.strategy, world)
+    return Run(
+        config=config,
+        world=world,
+        schedule=make_schedule(config.diffusion.schedule, config.diffusion.num_steps, world.device),
+        model=model,
+        network=network,
+        ema=ema,
+        optimizer=make_optimizer(model, config.optim),
+        generator=torch.Generator(world.device),
+        keys=KeyStream(config.seed, world.device),
+        codec=make_codec(config, None, world.device) if config.log.sample_every else None,
+    )
+
+
+def resume(run: Run) -> None:
+    """Go on from the checkpoint that `resume` means, if there is one; a damaged newest one costs a warning."""
+    checkpointing.remove_partial_files(run.checkpoints)
+    choice = run.config.resume
+    if choice == "never":
+        return
+    candidates = checkpointing.paths(run.checkpoints)[::-1] if choice == "auto" else [Path(choice)]
+    for path in candidates:
+        try:
+            state = checkpointing.load(path)
+        except checkpointing.StorageError as error:
+            if path == candidates[-1]:
+                raise
+            run.tell(f"warning: {error}; going on from the one before")
+            continue
+        changed = scatter(state, run.model, run.ema, run.optimizer, to_dict(run.config))
+        run.step = state["step"]
+        run.keys.load_state_dict({"key": torch.tensor([run.config.seed, run.step])})
+        run.tell(f"going on after step {run.step} from {path}")
+        if changed:
+            run.tell(f"changed since: {', '.join(changed)}")
+        return
+
+
+def train(run: Run, batches: Batches, metrics: Metrics) -> bool:
+    """Train to the last step. Returns whether the last checkpoint was written."""
+    config, log, written = run.config, run.config.log, True
+    for x0, conditions in itertools.islice(batches, config.steps - run.step):
+        metrics.record(train_step(run, x0, conditions), learning_rate(config.optim, run.step))
+        last = run.step == config.steps
+        checkpoint_due = last or run.step % log.checkpoint_every == 0
+        samples_due = log.sample_every > 0 and (last or run.step % log.sample_every == 0)
+        if checkpoint_due or samples_due or run.step % log.every == 0:
+            metrics.flush()
+        with metrics.clock_stopped():
+            if checkpoint_due:
+                written = save(run)
+            if samples_due and run.codec is not None:
+                write_samples(run.ema, run.codec, run.schedule, config, run.step, run.world, metrics.board)
+    return written
+
+
+def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+    """One optimiser step on this process's share of the batch, (n, F, C, H, W). Never waits for the device.
+
+    The share is run in parts of at most `micro_batch_size` clips; each part's loss has the weight of its clips, so the
+    gradient is that of the whole batch, whatever the parts and the number of processes.
+
+    Returns loss, mse, vb and the norm of the gradient before clipping, float32 (4,) on the device.
+    """
+    config, n = run.config, len(x0)
+    first = run.world.rank * n
+    seed_step(run.generator, config.seed, run.step, run.world.rank)
+    t = sample_timesteps(
+        config.batch_size,
+        x0.shape[1],
+        config.diffusion.num_steps,
+        mode=config.diffusion.timesteps,
+        p=config.diffusion.ptss_probability,
+        generator=run.generator,
+    )[first : first + n]
+    key = run.keys.next()
+    sums = torch.zeros(3, device=x0.device)
+    size = min(config.micro_batch_size or n, n)
+    for begin in range(0, n, size):
+        part = slice(begin, min(begin + size, n))
+        weight = (part.stop - begin) / n
+        with gradient_exchange(run.network, enabled=part.stop == n):
+            losses = loss_of(run, x0[part], t[part], key, {k: v[part] for k, v in conditions.items()}, first + begin)
+            (weight * losses["loss"]).backward()
+        sums += weight * torch.stack([losses["loss"].detach(), losses["mse"], losses["vb"]])
+    norm = clip_gradients(run.model, config.optim.max_grad_norm)
+    run.step += 1
+    apply_settings(run.optimizer, config.optim, run.step)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    update_ema(run.ema, run.model, config.optim.ema_decay)
+    return torch.cat([sums, norm[None]])
+
+
+def loss_of(
+    run: Run, x0: Tensor, t: Tensor, key: Tensor, conditions: dict[str, Tensor], sample_offset: int
+) -> dict[str, Tensor]:
+    """The loss of clips whose numbers in the whole batch begin at `sample_offset`."""
+    config, images = run.config, run.config.data.images
+    network = functools.partial(run.network, **conditions, **({"num_images": images} if images else {}))
+    with torch.autocast(x0.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        return diffusion_loss(
+            network,
+            x0,
+            t,
+            run.schedule,
+            key,
+            prediction=config.diffusion.prediction,
+            learned_range=config.model.learn_sigma,
+            sharing=config.diffusion.noise,
+            base_weight=config.diffusion.noise_base_weight,
+            sample_offset=sample_offset,
+        )
+
+
+def save(run: Run) -> bool:
+    """Write a checkpoint. Where that fails say why and return False: training can go on."""
+    state = gather(run.model, run.ema, run.optimizer, run.step, to_dict(run.config))
+    if not run.world.is_main:
+        return True
+    try:
+        checkpointing.save(run.checkpoints, run.step, state, run.config.log.keep)
+    except checkpointing.StorageError as error:
+        warn(f"{error}; the older checkpoints stay")
+        return False
+    return True
+
+
+def export(run: Run) -> None:
+    """Write the EMA weights as export/model.safetensors."""
+    weights = gather_weights(run.ema)
+    if run.world.is_main:
+        path = Path(run.config.run_dir) / "export" / "model.safetensors"
+        export_weights(path, weights, to_dict(run.config))
+        run.tell(f"wrote {path}")
+
+
+def set_up(config: TrainConfig, world: World) -> tuple[Run, Batches, Metrics]:
+    """Build the run, or go on with it, and write its configuration."""
+    run = make_run(config, world)
+    resume(run)
+    batches = Batches(config, world, run.step)
+    run_dir = Path(config.run_dir)
+    if world.is_main:
+        with checkpointing.atomic_file(run_dir / "config.yaml") as temporary:
+            temporary.write_text(to_yaml(config))
+    if run.step >= config.steps:
+        run.tell(f"all {config.steps} steps are done")
+    metrics = Metrics(
+        run_dir,
+        world,
+        run.step,
+        config.steps,
+        config.batch_size,
+        every=min(config.log.every, config.steps),
+    )
+    return run, batches, metrics
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 1 for a run that failed, 2 for a mistake of the caller."""
+    with contextlib.ExitStack() as stack:
+        with one_line_errors(PROG):
+            config = parse_train_config(sys.argv[1:] if argv is None else argv)
+            world = stack.enter_context(join_world(config.device))
+            run, batches, metrics = set_up(config, world)
+        try:
+            with contextlib.closing(metrics):
+                written = train(run, batches, metrics)
+            export(run)
+        except (NonFiniteError, checkpointing.StorageError, VideoError) as error:
+            run.tell(f"error: {error}; start it again to go on from the newest checkpoint in {run.checkpoints}")
+            return 1
+        except KeyboardInterrupt:
+            run.tell(f"stopped in step {run.step + 1}; start it again to go on from the newest checkpoint")
+            return 130
+    return 0 if written else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
