@@ -25,6 +25,8 @@ BACKENDS = {
 #: The automatic choice for a device: the first of these that can take the call.
 AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
+NOT_WRITTEN = "not written for this operator"
+
 log = logging.getLogger("vidkern")
 
 
@@ -56,12 +58,12 @@ def compiled(library: str, operator: str, supports: Callable[..., str | None]) -
 
 
 def triton_kernel(module: str, operator: str, supports: Callable[..., str | None]) -> Kernel:
-    """Return the kernel ``operator`` of a family's triton_kernels module, imported at its first call."""
-
-    def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), operator)(*args)
-
-    return Kernel(run, supports, _triton_unavailable())
+    """Return the kernel that a family's triton_kernels module holds under the operator's own name."""
+    reason = _triton_unavailable()
+    if reason is not None:
+        return Kernel(_unreachable, supports, reason)
+    run = getattr(importlib.import_module(module), operator, None)
+    return Kernel(run or _unreachable, supports, None if run else NOT_WRITTEN)
 
 
 def _triton_unavailable() -> str | None:
@@ -155,7 +157,7 @@ class Dispatcher:
         """Return None when the backend can run on the device, else the reason (before any argument is seen)."""
         kernel = self.kernels.get(candidate)
         if kernel is None:
-            return "not written for this operator"
+            return NOT_WRITTEN
         if kernel.unavailable is not None:
             return kernel.unavailable
         return None if _runs_on(candidate, device) else f"does not run on {device} tensors"

@@ -36,7 +36,7 @@ def find(library: str, operator: str) -> tuple[torch._ops.OpOverload | None, str
         return None, reason
     packet = getattr(getattr(torch.ops, f"vidkern_{library}"), operator, None)
     if packet is None:
-        return None, f"_C_{library}.so has no {operator}"
+        return None, f"not in _C_{library}.so"
     return packet.default, None
 
 

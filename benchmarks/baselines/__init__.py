@@ -1,0 +1,1 @@
+"""The public code's arithmetic and layout in plain PyTorch: what vidkern is measured against."""
