@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -71,11 +72,13 @@ def distribute(model: Latte, ema: Latte, strategy: str, world: World) -> nn.Modu
         return model
     if strategy == "ddp":
         return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    # nothing adds in place to what a block returns
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     for network in (model, ema):
         for block in network.blocks:
             fully_shard(block, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)  # ema is called without a backward pass
     return model
 
 
