@@ -132,7 +132,6 @@ class Dispatcher:
         self.kernels = dict(kernels)
         self._device_argument = device_argument
         self._order = {**AUTOMATIC, **(order or {})}
-        self._told: set[str] = set()
 
     def __call__(self, *args: Any) -> Any:
         device = args[self._device_argument].device.type
@@ -144,7 +143,7 @@ class Dispatcher:
                 continue
             reason = kernel.unavailable or kernel.supports(*args)
             if _log_dispatch:
-                self._tell(device, f"not {candidate}: {reason}" if reason else candidate)
+                tell(f"{self.name} on {device}: " + (f"not {candidate}: {reason}" if reason else candidate))
             if reason is None:
                 return kernel.run(*args)
         raise BackendError(f"no backend serves {self.name} on {device}")
@@ -167,15 +166,18 @@ class Dispatcher:
         if reason is not None:
             raise BackendError(f"backend {name!r} is forced, but cannot serve {self.name} on {device}: {reason}")
         if _log_dispatch:
-            self._tell(device, f"{name} (forced)")
+            tell(f"{self.name} on {device}: {name} (forced)")
         return self.kernels[name].run(*args)
 
-    def _tell(self, device: str, choice: str) -> None:
-        """Log a choice the first time that it is made."""
-        message = f"{self.name} on {device}: {choice}"
-        if message not in self._told:
-            self._told.add(message)
-            log.info(message)
+
+_told: set[str] = set()
+
+
+def tell(message: str) -> None:
+    """Write a line about how a call is served to the dispatch log (VIDKERN_LOG=dispatch), once."""
+    if _log_dispatch and message not in _told:
+        _told.add(message)
+        log.info(message)
 
 
 def _setting(variable: str) -> str | None:

@@ -7,6 +7,7 @@ from vidkern.ops.attention import (
     spatial_attention,
     temporal_attention,
 )
+from vidkern.ops.conv3d import causal_conv3d, causal_conv3d_stream, norm_silu_pad
 from vidkern.ops.embedding import timestep_embedding
 from vidkern.ops.modulation import (
     gate_residual,
@@ -21,6 +22,8 @@ from vidkern.ops.sampling import ddim_step, ddpm_step, flow_step
 __all__ = [
     "add_noise",
     "axial_attention",
+    "causal_conv3d",
+    "causal_conv3d_stream",
     "ddim_step",
     "ddpm_step",
     "diffusion_mse",
@@ -31,6 +34,7 @@ __all__ = [
     "joint_attention",
     "layer_norm_modulate",
     "local_global_attention",
+    "norm_silu_pad",
     "philox_normal",
     "rms_norm_modulate",
     "spatial_attention",
