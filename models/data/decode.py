@@ -44,7 +44,7 @@ def frame_table(path: Path) -> FrameTable:
 
 @lru_cache(maxsize=4096)
 def _frame_table(path: Path, changed: int) -> FrameTable:
-    with _open(path) as container:
+    with open_video(path) as container:
         stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_corrupt]
         if not packets:
@@ -52,8 +52,10 @@ def _frame_table(path: Path, changed: int) -> FrameTable:
         indexed = stream.frames if "mp4" in container.format.name else 0
         if len(packets) < indexed:
             raise VideoError(f"cut off: {len(packets)} of {indexed} frames are there")
-        # AVI stores no display times, so with reordered frames the demuxer can only guess them
-        guessed = container.format.name == "avi" and stream.codec_context.has_b_frames
+        # AVI stores no display times, MPEG program streams not all: guessed when frames are reordered, or after a seek
+        guessed = container.format.name == "mpeg" or (
+            container.format.name == "avi" and stream.codec_context.has_b_frames
+        )
     shown = [packet for packet in packets if not packet.is_discard]
     times = {packet.pts for packet in shown if packet.pts is not None}
     if guessed or len(times) < len(shown):
@@ -66,7 +68,7 @@ def _frame_table(path: Path, changed: int) -> FrameTable:
 
 def decode(path: Path) -> Iterator[np.ndarray]:
     """Every frame of a file in the order of display, uint8 (H, W, 3)."""
-    with _open(path) as container:
+    with open_video(path) as container:
         for frame in container.decode(video=0):
             yield _rgb(frame)
 
@@ -79,32 +81,34 @@ def read_frames(path: Path, numbers: Sequence[int]) -> list[np.ndarray]:
     table = frame_table(path)
     if not 0 <= numbers[0] <= numbers[-1] < table.count:
         raise VideoError(f"too short: {table.count} frames, wanted {numbers[0]} to {numbers[-1]}")
-    with _open(path) as container:
+    with open_video(path) as container:
         if table.pts is None:
             found = _collect(enumerate(container.decode(video=0)), set(numbers), numbers[-1])
         else:
             wanted = table.pts[list(numbers)]
-            found = _collect(_seek(container, table, int(wanted[0])), set(wanted.tolist()), int(wanted[-1]))
+            found = _collect(frames_from(container, table, int(wanted[0])), set(wanted.tolist()), int(wanted[-1]))
             numbers = wanted.tolist()
     if len(found) < len(set(numbers)):
         raise VideoError("frames are missing from the stream")
     return [found[number] for number in numbers]
 
 
-def _seek(
+def frames_from(
     container: av.container.InputContainer, table: FrameTable, pts: int
 ) -> Iterator[tuple[int | None, av.VideoFrame]]:
     """(pts, frame) from the keyframe that `pts` needs; from the start where the container's index leads past it."""
     stream = container.streams.video[0]
     key = bisect_right(table.key_pts, pts) - 1
-    if key > 0:
-        container.seek(int(table.key_dts[key]), stream=stream)
+    # containers index by either time; the wrong one can lead to a neighbouring keyframe
+    for time in (table.key_pts[key], table.key_dts[key]) if key > 0 else ():
+        container.seek(int(time), stream=stream)
         frames = container.decode(stream)
         first = next(frames, None)
-        if first is not None and first.pts is not None and first.pts <= pts:
+        if first is not None and first.pts in table.key_pts[: key + 1]:
             yield first.pts, first
             yield from ((frame.pts, frame) for frame in frames)
             return
+    if key > 0:
         container.seek(int(table.key_dts[0]), stream=stream)
     yield from ((frame.pts, frame) for frame in container.decode(stream))
 
@@ -120,7 +124,7 @@ def _collect(frames: Iterator[tuple[int | None, av.VideoFrame]], wanted: set[int
 
 
 def _count(path: Path) -> int:
-    with _open(path) as container:
+    with open_video(path) as container:
         return sum(1 for _ in container.decode(video=0))
 
 
@@ -133,7 +137,7 @@ def _rgb(frame: av.VideoFrame) -> np.ndarray:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[av.container.InputContainer]:
+def open_video(path: Path) -> Iterator[av.container.InputContainer]:
     """A container with a video stream, decoded by one thread; what FFmpeg raises inside becomes a VideoError."""
     try:
         with av.open(str(path)) as container:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from models.data.seeded import Sample, SeededDataset
 
+_REACH = 7 / 16  # of a centre, where the frame is [-1, 1]: bilinear sampling widens the eight pixels to nine
+
 
 class MovingDigits(SeededDataset):
     """A digit that moves and bounces off the edges: {"video": float32 (F, C, size, size), "label": int64}.
@@ -46,12 +48,13 @@ class MovingDigits(SeededDataset):
         return {"video": video, "label": labels[which]}
 
     def _path(self, rng: np.random.Generator) -> Tensor:
-        """Centres (F, 2) of the digit as (x, y) in [-0.5, 0.5], where the frame is [-1, 1]."""
-        start, angle = rng.uniform(-0.5, 0.5, 2), rng.uniform(0, 2 * np.pi)
+        """Centres (F, 2) of the digit as (x, y), where the frame is [-1, 1]."""
+        start, angle = rng.uniform(-_REACH, _REACH, 2), rng.uniform(0, 2 * np.pi)
         speed = rng.uniform(0.04, 0.12)  # of half the frame's width, a frame
         step = speed * np.array([np.cos(angle), np.sin(angle)])
         straight = start + step * np.arange(self.num_frames)[:, None]
-        return torch.from_numpy(np.abs((straight - 0.5) % 2 - 1) - 0.5).float()  # reflected at both edges
+        folded = np.abs((straight - _REACH) % (4 * _REACH) - 2 * _REACH) - _REACH  # reflected at both edges
+        return torch.from_numpy(folded).float()
 
 
 def _render(image: Tensor, centres: Tensor, size: int) -> Tensor:
