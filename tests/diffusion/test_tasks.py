@@ -54,13 +54,13 @@ def test_progressive_grows_by_a_tenth_of_t_a_frame():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match="given: got 6"):
+    with pytest.raises(ValueError, match=r"given must be .* got 6"):
         long_video(T, 6, given=6)
-    with pytest.raises(ValueError, match="first, last: got 3 and 3"):
+    with pytest.raises(ValueError, match=r"first and last .* got 3 and 3"):
         transition(T, 6, first=3, last=3)
-    with pytest.raises(ValueError, match="index: got frame 6"):
+    with pytest.raises(ValueError, match=r"index must .* got 6"):
         given_frames(T, 6, [6])
-    with pytest.raises(ValueError, match=r"index: got torch\.bool of shape"):
+    with pytest.raises(ValueError, match=r"index must .* got torch\.bool of shape"):
         given_frames(T, 6, torch.ones(5, dtype=torch.bool))
-    with pytest.raises(ValueError, match="ramp: got 0"):
+    with pytest.raises(ValueError, match=r"ramp must .* got 0"):
         progressive(T, 6, ramp=0)

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidkern import ops
 from vidkern.diffusion.schedules import Schedule
-
-PREDICTIONS = ("epsilon", "v", "flow", "x0")
 
 
 def diffusion_loss(
@@ -30,14 +29,14 @@ def diffusion_loss(
 ) -> dict[str, Tensor]:
     """The loss of one training step: noise, one call of the model, mse and vb. Never waits for the device.
 
-    With `learned_range` it is the hybrid loss mse + vb of Nichol & Dhariwal 2021, with no factor on vb, as DiT, Latte
+    With ``learned_range`` it is the hybrid loss mse + vb of Nichol & Dhariwal 2021, with no factor on vb, as DiT, Latte
     and FVDM train: the second half of the model's channels interpolates the log variance between its bounds, and vb is,
     in bits per dimension, the negative log likelihood of the decoder in frames at timestep 0 and the KL divergence in
     the others. The predicted mean gets no gradient from vb.
 
     Args:
         model: called as model(x_t, t) or model(x_t, t, y); returns (B, F, C, H, W), with 2C channels if
-            `learned_range`.
+            ``learned_range``.
         x0: clean clips or latents, (B, F, C, H, W), scaled to [-1, 1] or to unit variance.
         t: int64 (B,), or (B, F) for one timestep a frame. The model gets it as it is.
         schedule: on x0's device.
@@ -47,30 +46,28 @@ def diffusion_loss(
         learned_range: whether the model also predicts the variance.
         hold: bool (B, F), true for frames that are given: they enter the model clean and do not count.
         min_snr: clamp of the min-SNR weights of the mse (Hang et al. 2023); None: no weights.
-        sharing, base_weight, sample_offset: see `vidkern.ops.add_noise`.
+        sharing, base_weight, sample_offset: see ``vidkern.ops.add_noise``.
 
     Returns:
         "loss", the mean over the counted frames, 0-dimensional, carrying the gradient; "mse", "vb" (0 without
-        `learned_range`), its two parts, and "per_frame", their sum for each frame (B, F): float32 and detached.
+        ``learned_range``), its two parts, and "per_frame", their sum for each frame (B, F): float32 and detached.
 
     Raises:
-        ValueError: an unknown prediction, a learned range for a schedule that is not variance-preserving, a model
-            output of another shape.
+        ValueError: a learned range for a schedule that is not variance-preserving, a model
+            output of another shape, or as the operators raise.
     """
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: got {prediction!r}, wanted one of {', '.join(PREDICTIONS)}")
     if learned_range and not schedule.variance_preserving:
-        raise ValueError(f"learned_range: schedule {schedule.name!r} has no posterior variance to learn")
+        raise ValueError(f"learned_range needs a variance-preserving schedule, got {schedule.name!r}")
     tau = per_frame(t, x0.shape[1])
     alpha, sigma = schedule.coefficients(tau if hold is None else tau.masked_fill(hold, -1))
-    noise = {"sharing": sharing, "base_weight": base_weight, "sample_offset": sample_offset}
+    noise: dict[str, Any] = {"sharing": sharing, "base_weight": base_weight, "sample_offset": sample_offset}
     x_t = ops.add_noise(x0, alpha, sigma, key, **noise)
 
-    out = (model(x_t, t) if y is None else model(x_t, t, y)).to(x0.dtype)
+    out = model(x_t, t) if y is None else model(x_t, t, y)
     channels = x0.shape[2] * (2 if learned_range else 1)
     wanted = (*x0.shape[:2], channels, *x0.shape[3:])
     if out.shape != wanted:
-        raise ValueError(f"model: returned shape {tuple(out.shape)}, wanted {wanted}")
+        raise ValueError(f"model must return shape {tuple(wanted)}, got {tuple(out.shape)}")
     pred = out[:, :, : x0.shape[2]]
 
     weight = None if min_snr is None else min_snr_weight(alpha, sigma, min_snr, prediction)
@@ -112,7 +109,7 @@ def variational_bound(x0: Tensor, guess: Tensor, fraction: Tensor, t: Tensor, sc
     distance = over_pixels(schedule.posterior_mean_coef[t]) * (x0.float() - guess.float())
     log_variance = low + excess
     kl = 0.5 * (excess - 1 + torch.exp(-excess) + distance**2 * torch.exp(-log_variance))
-    # at t = 0 the mean is the predicted x_0 itself, so `distance` is x_0 - mean
+    # at t = 0 the mean is the predicted x_0 itself, so ``distance`` is x_0 - mean
     nll = discretized_gaussian_nll(x0.float(), distance, 0.5 * log_variance)
     return torch.where(over_pixels(t == 0), nll, kl).mean((2, 3, 4)) / math.log(2)
 
@@ -126,9 +123,12 @@ def discretized_gaussian_nll(x0: Tensor, distance: Tensor, log_scale: Tensor) ->
         log_scale: log of its standard deviation.
     """
     inverse = torch.exp(-log_scale)
-    upper = _approximate_normal_cdf(inverse * (distance + 1 / 255))
-    lower = _approximate_normal_cdf(inverse * (distance - 1 / 255))
-    probability = torch.where(x0 < -0.999, upper, torch.where(x0 > 0.999, 1 - lower, upper - lower))
+    # every difference is taken in the left tail, where float32 resolves it
+    far = distance.abs()
+    inner = _normal_cdf(inverse * (1 / 255 - far)) - _normal_cdf(inverse * (-1 / 255 - far))
+    below = _normal_cdf(inverse * (distance + 1 / 255))
+    above = _normal_cdf(inverse * (1 / 255 - distance))
+    probability = torch.where(x0 < -0.999, below, torch.where(x0 > 0.999, above, inner))
     return -probability.clamp(min=1e-12).log()
 
 
@@ -173,9 +173,9 @@ def over_pixels(v: Tensor) -> Tensor:
     return v[:, :, None, None, None]
 
 
-def _approximate_normal_cdf(x: Tensor) -> Tensor:
-    # the tanh approximation that ADM and DiT train with (Page 1977)
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+def _normal_cdf(x: Tensor) -> Tensor:
+    # the approximation that ADM and DiT train with (Page 1977): (1 + tanh u) / 2 is sigmoid(2 u)
+    return torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
 def _counted_mean(hold: Tensor | None) -> Callable[[Tensor], Tensor]:

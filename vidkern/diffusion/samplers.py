@@ -12,6 +12,7 @@ from vidkern.diffusion.schedules import Schedule, respace
 from vidkern.diffusion.tasks import Task, long_video, progressive, standard
 
 SAMPLERS = ("ddim", "ddpm", "flow")
+KEYS_PER_CHUNK = 1 << 32  # key offsets between the chunks of a long video: more than one run draws
 Progress = Callable[[int, int], None]
 
 
@@ -31,6 +32,7 @@ def sample(
     y_null: Tensor | int | None = None,
     cfg_scale: float | None = None,
     prediction: str = "epsilon",
+    variance: str = "learned_range",
     eta: float = 0.0,
     clip_x0: float | None = None,
     sharing: str = "independent",
@@ -39,7 +41,7 @@ def sample(
     sample_offset: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Draws clips. Inside the loop nothing waits for the device and nothing is copied to it.
+    """Draw clips. Inside the loop nothing waits for the device and nothing is copied to it.
 
     Args:
         model: called as model(x, t) or model(x, t, y) with x (B, F, C, H, W) and t int64 (B, F).
@@ -49,37 +51,37 @@ def sample(
         sampler: "ddim", "ddpm" or "flow" (Euler steps of flow matching).
         num_steps: how many of the schedule's steps are taken.
         task: which frames are given and how noisy each frame is; functools.partial sets a pattern's own options.
-        known: float32 (B, F, C, H, W), the clips whose given frames are read; every task but `standard` needs it.
+        known: float32 (B, F, C, H, W), the clips whose given frames are read; every task but ``standard`` needs it.
         init: float32 (B, F, C, H, W), clips that the other frames start from, noised to their first timestep. None:
-            they start from pure noise; under `progressive`, whose frames start less noisy, from the given first frame.
+            they start from pure noise; under ``progressive``, whose frames start less noisy, from its given frame.
         y: the condition of each sample, (B, ...).
-        y_null: the condition that means none: the null class, or a tensor like y. Needed with `cfg_scale`.
+        y_null: the condition that means none: the null class, or a tensor like y. Needed with ``cfg_scale``.
         cfg_scale: classifier-free guidance, null + scale * (cond - null), in one batch of 2B (Ho & Salimans 2022).
         prediction: what the model predicts: "epsilon", "v", "flow" or "x0".
+        variance: of DDPM's steps: "learned_range", "fixed_small" or "fixed_large", see ``vidkern.ops.ddpm_step``.
         eta: DDIM's noise, from 0 (none) to 1.
         clip_x0: bound on |predicted x_0|; None: no bound.
-        sharing, base_weight: how frames share the starting noise, see `vidkern.ops.philox_normal`.
+        sharing, base_weight: how frames share the starting noise, see ``vidkern.ops.philox_normal``.
         step_sharing: how frames share the noise of the steps.
         sample_offset: the first sample's number in the whole set, so that a clip does not depend on the batch split.
         progress: called after each step as progress(step, num_steps), from 1.
 
     Returns:
-        float32 (B, F, C, H, W). Given frames have exactly the bits of `known`.
+        float32 (B, F, C, H, W). Given frames have exactly the bits of ``known``.
 
     Raises:
         ValueError: an unknown sampler, a schedule that does not fit it, guidance without y or y_null, a task other than
-            `standard` without `known`, `known` or `init` of another shape or dtype.
+            ``standard`` without ``known``, ``known`` or ``init`` of another shape or dtype.
     """
     _check(shape, schedule, sampler, task, known, init, y, y_null, cfg_scale)
     timesteps = _timesteps(schedule, task, num_steps, shape)
-    keys = _step_keys(key, num_steps)
-    step = _step(sampler, schedule, prediction, eta, clip_x0, cfg_scale, step_sharing, sample_offset)
+    step = _step(sampler, schedule, key, prediction, variance, eta, clip_x0, cfg_scale, step_sharing, sample_offset)
     evaluate = _evaluator(model, y, y_null, cfg_scale)
 
     if init is None and known is not None and _unwrap(task) is progressive:
         init = known[:, :1].expand(shape)
     t, hold = timesteps[0]
-    noise = {"sharing": sharing, "base_weight": base_weight, "sample_offset": sample_offset}
+    noise: dict[str, Any] = {"sharing": sharing, "base_weight": base_weight, "sample_offset": sample_offset}
     if init is None:
         x = ops.philox_normal(shape, key, dtype=torch.float32, device=schedule.device, **noise)
     else:
@@ -89,8 +91,8 @@ def sample(
 
     for i in range(num_steps):
         (t, hold), (t_prev, _) = timesteps[i], timesteps[i + 1]
-        # a frame whose timestep does not change yet (`progressive`) rests like a given one
-        x = step(x, evaluate(x, t), t, t_prev, key=keys[i], hold=hold | (t == t_prev))
+        # a frame whose timestep does not change yet (``progressive``) rests like a given one
+        x = step(x, evaluate(x, t), t, t_prev, hold=hold | (t == t_prev))
         if progress is not None:
             progress(i + 1, num_steps)
     return x
@@ -109,34 +111,35 @@ def sample_long_video(
     progress: Progress | None = None,
     **options: Any,
 ) -> Tensor:
-    """Draws videos longer than the model's window: each chunk is given the last frames of the one before (FVDM).
+    """Draw videos longer than the model's window: each chunk is given the last frames of the one before (FVDM).
 
     Args:
-        model, schedule, key, num_steps: see `sample`.
+        model, schedule, key, num_steps: see ``sample``.
         shape: of one window, (B, F, C, H, W).
         chunks: how many windows; 15 of 16 frames, 8 of them given, are 128 frames. F - 1 given frames make it
             next-frame prediction.
         given: how many frames each chunk after the first is given.
         first: float32 (B, F, C, H, W), a known first window; None: it is drawn too.
         progress: called after each step as progress(step, steps of all chunks), from 1.
-        **options: of `sample`, for every chunk.
+        **options: of ``sample``, for every chunk.
 
     Returns:
         float32 (B, F + (chunks - 1) * (F - given), C, H, W).
 
     Raises:
-        ValueError: `chunks` < 1, `given` outside 1 .. F - 1, or as `sample`.
+        ValueError: ``chunks`` < 1, ``given`` outside 1 .. F - 1, or as ``sample``.
     """
     frames = shape[1]
     if chunks < 1:
-        raise ValueError(f"chunks: got {chunks}, wanted at least 1")
+        raise ValueError(f"chunks must be at least 1, got {chunks}")
     if not 0 < given < frames:
-        raise ValueError(f"given: got {given}, wanted from 1 to {frames - 1}, fewer than the {frames} frames")
+        raise ValueError(f"given must be from 1 to {frames - 1}, less than the {frames} frames, got {given}")
     skipped = 0 if first is None else 1
 
     def draw(chunk: int, **window: Any) -> Tensor:
         report = progress and _shifted(progress, (chunk - skipped) * num_steps, (chunks - skipped) * num_steps)
-        chunk_key = _advance(key, chunk * (num_steps + 1))  # one key for the start and one for each step
+        chunk_key = key.clone()
+        chunk_key[1] += chunk * KEYS_PER_CHUNK
         return sample(model, shape, schedule, chunk_key, num_steps=num_steps, progress=report, **window, **options)
 
     task = functools.partial(long_video, given=given)
@@ -162,21 +165,21 @@ def _check(
     cfg_scale: float | None,
 ) -> None:
     if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: got {sampler!r}, wanted one of {', '.join(SAMPLERS)}")
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if schedule.variance_preserving == (sampler == "flow"):
-        raise ValueError(f"schedule: {schedule.name!r} does not fit sampler {sampler!r}")
+        raise ValueError(f"schedule must fit sampler {sampler!r}, got {schedule.name!r}")
     if len(shape) != 5:
-        raise ValueError(f"shape: got {tuple(shape)}, wanted (B, F, C, H, W)")
+        raise ValueError(f"shape must be (B, F, C, H, W), got {tuple(shape)}")
     if known is None and _unwrap(task) is not standard:
-        raise ValueError("known: got None, wanted the given frames of this task")
+        raise ValueError("known must hold the given frames of this task, got None")
     for name, clip in (("known", known), ("init", init)):
         if clip is not None and (clip.shape != tuple(shape) or clip.dtype != torch.float32):
             got = f"{clip.dtype} of shape {tuple(clip.shape)}"
-            raise ValueError(f"{name}: got {got}, wanted torch.float32 of shape {tuple(shape)}")
+            raise ValueError(f"{name} must be torch.float32 of shape {tuple(shape)}, got {got}")
     if cfg_scale is not None and (y is None or y_null is None):
-        raise ValueError("cfg_scale: guidance needs y and y_null")
+        raise ValueError("cfg_scale needs y and y_null")
     if y is not None and y.shape[:1] != (shape[0],):
-        raise ValueError(f"y: got shape {tuple(y.shape)}, wanted {shape[0]} samples first")
+        raise ValueError(f"y must have {shape[0]} samples first, got shape {tuple(y.shape)}")
 
 
 def _unwrap(task: Task) -> Callable[..., Any]:
@@ -184,22 +187,10 @@ def _unwrap(task: Task) -> Callable[..., Any]:
 
 
 def _timesteps(schedule: Schedule, task: Task, num_steps: int, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """(tau, hold) at the start of each step, and at the clean end."""
+    """Return (tau, hold) at the start of each step, and at the clean end."""
     steps = [*reversed(respace(schedule.num_steps, num_steps).tolist()), -1]
     clips = (torch.full(shape[:1], t, dtype=torch.int64, device=schedule.device) for t in steps)
     return [task(t, shape[1]) for t in clips]
-
-
-def _advance(key: Tensor, draws: int) -> Tensor:
-    """The key `draws` draws further on."""
-    advanced = key.clone()
-    advanced[1] += draws
-    return advanced
-
-
-def _step_keys(key: Tensor, num_steps: int) -> list[Tensor]:
-    """One key for each step, after the one of the starting noise."""
-    return [_advance(key, 1 + i) for i in range(num_steps)]
 
 
 def _shifted(progress: Progress, done: int, total: int) -> Progress:
@@ -209,36 +200,39 @@ def _shifted(progress: Progress, done: int, total: int) -> Progress:
 def _step(
     sampler: str,
     schedule: Schedule,
+    key: Tensor,
     prediction: str,
+    variance: str,
     eta: float,
     clip_x0: float | None,
     cfg_scale: float | None,
     sharing: str,
     sample_offset: int,
 ) -> Callable[..., Tensor]:
-    """The step operator of a sampler, called as step(x, model_out, t, t_prev, key=, hold=)."""
-    common = {"schedule": schedule, "prediction": prediction, "guidance_scale": cfg_scale, "clip_x0": clip_x0}
+    """Return the step operator of a sampler, called as step(x, model_out, t, t_prev, hold=)."""
+    common: dict[str, Any] = {
+        "schedule": schedule,
+        "prediction": prediction,
+        "guidance_scale": cfg_scale,
+        "clip_x0": clip_x0,
+    }
     if sampler == "flow":
-
-        def flow(x: Tensor, out: Tensor, t: Tensor, t_prev: Tensor, *, key: Tensor, hold: Tensor) -> Tensor:
-            return ops.flow_step(x, out, t, t_prev, hold=hold, **common)
-
-        return flow
-    noise = {"sharing": sharing, "sample_offset": sample_offset}
+        return functools.partial(ops.flow_step, **common)
+    noise: dict[str, Any] = {"key": key, "sharing": sharing, "sample_offset": sample_offset}
     if sampler == "ddpm":
-        return functools.partial(ops.ddpm_step, **common, **noise)
+        return functools.partial(ops.ddpm_step, variance=variance, **common, **noise)
     return functools.partial(ops.ddim_step, eta=eta, **common, **noise)
 
 
 def _evaluator(
     model: Callable[..., Tensor], y: Tensor | None, y_null: Tensor | int | None, cfg_scale: float | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model as a function of (x, t); under guidance its batch is doubled, the conditional half first."""
+    """Return the model as a function of (x, t); under guidance its batch is doubled, the conditional half first."""
     condition = () if y is None else (y,)
     if cfg_scale is None:
-        return lambda x, t: model(x, t, *condition).to(x.dtype)
+        return lambda x, t: model(x, t, *condition)
     assert y is not None  # _check has seen to it
     assert y_null is not None
     null = y_null if isinstance(y_null, Tensor) else torch.full_like(y, y_null)
     both = torch.cat([y, null.expand_as(y)])
-    return lambda x, t: model(x.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), both).to(x.dtype)
+    return lambda x, t: model(x.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), both)

@@ -20,7 +20,7 @@ class Schedule:
     Every table is float32 of shape (num_steps,), computed in float64 and rounded once.
 
     Args:
-        name: the name that `make_schedule` was given.
+        name: the name that ``make_schedule`` was given.
         num_steps: the number of steps T.
         alphas_cumprod: alpha^2, the "alpha bar" of a variance-preserving schedule.
         alpha, sigma: the coefficients of the signal and of the noise.
@@ -42,21 +42,21 @@ class Schedule:
 
     @property
     def device(self) -> torch.device:
-        """Where the tables lie."""
+        """Return where the tables lie."""
         return self.alpha.device
 
     @property
     def variance_preserving(self) -> bool:
-        """Whether alpha^2 + sigma^2 = 1, which DDPM and DDIM need."""
+        """Return whether alpha^2 + sigma^2 = 1, which DDPM and DDIM need."""
         return self.log_beta is not None
 
     def to(self, device: torch.device | str) -> "Schedule":
-        """Returns the same schedule with its tables on `device`."""
+        """Return the same schedule with its tables on ``device``."""
         fields: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return Schedule(**fields)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Gathers (alpha, sigma), float32 of t's shape, without a host synchronisation.
+        """Gather (alpha, sigma), float32 of t's shape, without a host synchronisation.
 
         Args:
             t: int64 indices of any shape on the schedule's device; -1 is the clean end (alpha 1, sigma 0).
@@ -68,7 +68,7 @@ class Schedule:
 def make_schedule(
     name: str, num_steps: int = 1000, device: torch.device | str | None = None, **options: float
 ) -> Schedule:
-    """Builds a schedule's tables on `device`.
+    """Build a schedule's tables on ``device``.
 
     Args:
         name: "linear" (DDPM; Latte and FVDM), "scaled_linear" (Stable Diffusion), "cosine" (Nichol & Dhariwal 2021),
@@ -82,40 +82,40 @@ def make_schedule(
         ValueError: an unknown name or option, or num_steps < 2.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"name: got {name!r}, wanted one of {', '.join(sorted(SCHEDULES))}")
+        raise ValueError(f"name must be one of {', '.join(SCHEDULES)}, got {name!r}")
     if num_steps < 2:
-        raise ValueError(f"num_steps: got {num_steps}, wanted at least 2")
+        raise ValueError(f"num_steps must be at least 2, got {num_steps}")
     tables = SCHEDULES[name]
     allowed = tables.__kwdefaults__ or {}
     for option in options:
         if option not in allowed:
-            raise ValueError(f"{option}: not an option of schedule {name!r}, which takes {', '.join(allowed)}")
+            raise ValueError(f"options of schedule {name!r} must be among {', '.join(allowed)}, got {option}")
     arrays = tables(num_steps, **options)
     tensors = {k: torch.from_numpy(v).to(dtype=torch.float32, device=device) for k, v in arrays.items()}
     return Schedule(name=name, num_steps=num_steps, **tensors)
 
 
 def respace(num_steps: int, count: int | str) -> Tensor:
-    """Picks `count` evenly spaced steps out of `num_steps`, the first and the last included.
+    """Pick ``count`` evenly spaced steps out of ``num_steps``, the first and the last included.
 
     Returns:
         int64 tensor of shape (count,) on the CPU, ascending: respace(1000, "50") is 0, 20, 41, ..., 999.
 
     Raises:
-        ValueError: `count` is not a whole number from 1 to `num_steps`.
+        ValueError: ``count`` is not a whole number from 1 to ``num_steps``.
     """
     if not str(count).isdecimal() or not 1 <= int(count) <= num_steps:
-        raise ValueError(f"count: got {count!r}, wanted a whole number from 1 to {num_steps}")
+        raise ValueError(f"count must be a whole number from 1 to {num_steps}, got {count!r}")
     return torch.from_numpy(np.rint(np.linspace(0, num_steps - 1, int(count))).astype(np.int64))
 
 
 def sde_beta(s: Tensor, beta_min: float = SDE_BETA_MIN, beta_max: float = SDE_BETA_MAX) -> Tensor:
-    """The rate beta(s) = beta_min + s * (beta_max - beta_min) at continuous times s in [0, 1], of s's shape."""
+    """Return the rate beta(s) = beta_min + s * (beta_max - beta_min) at continuous times s in [0, 1], of s's shape."""
     return beta_min + s * (beta_max - beta_min)
 
 
 def sde_drift(x: Tensor, s: Tensor, beta_min: float = SDE_BETA_MIN, beta_max: float = SDE_BETA_MAX) -> Tensor:
-    """The drift -beta(s)/2 * x of the forward SDE, with a time for every frame (FVDM, section 2.2).
+    """Return the drift -beta(s)/2 * x of the forward SDE, with a time for every frame (FVDM, section 2.2).
 
     Args:
         x: (B, F, C, H, W).
@@ -125,7 +125,7 @@ def sde_drift(x: Tensor, s: Tensor, beta_min: float = SDE_BETA_MIN, beta_max: fl
 
 
 def sde_diffusion(s: Tensor, beta_min: float = SDE_BETA_MIN, beta_max: float = SDE_BETA_MAX) -> Tensor:
-    """The diffusion sqrt(beta(s)) of the forward SDE, of s's shape."""
+    """Return the diffusion sqrt(beta(s)) of the forward SDE, of s's shape."""
     return sde_beta(s, beta_min, beta_max).sqrt()
 
 
@@ -159,7 +159,7 @@ def _flow(num_steps: int, *, shift: float = 1.0) -> dict[str, np.ndarray]:
 
 def _from_betas(betas: np.ndarray) -> dict[str, np.ndarray]:
     if not ((betas > 0) & (betas < 1)).all():
-        raise ValueError(f"betas: got values from {betas.min():g} to {betas.max():g}, wanted all inside (0, 1)")
+        raise ValueError(f"every beta must be inside (0, 1), got values from {betas.min():g} to {betas.max():g}")
     alphas_cumprod = np.cumprod(1 - betas)
     previous = np.append(1.0, alphas_cumprod[:-1])
     variance = betas * (1 - previous) / (1 - alphas_cumprod)

@@ -29,9 +29,9 @@ def interpolation(t: Tensor, frames: int) -> tuple[Tensor, Tensor]:
 
 
 def long_video(t: Tensor, frames: int, given: int = 8) -> tuple[Tensor, Tensor]:
-    """The first `given` frames, the end of the window before, are given: [0, ..., 0, t, ..., t]."""
+    """The first ``given`` frames, the end of the window before, are given: [0, ..., 0, t, ..., t]."""
     if not 0 < given < frames:
-        raise ValueError(f"given: got {given}, wanted from 1 to {frames - 1}, fewer than the {frames} frames")
+        raise ValueError(f"given must be from 1 to {frames - 1}, less than the {frames} frames, got {given}")
     return given_frames(t, frames, range(given))
 
 
@@ -41,9 +41,9 @@ def next_frame(t: Tensor, frames: int) -> tuple[Tensor, Tensor]:
 
 
 def transition(t: Tensor, frames: int, first: int = 4, last: int = 4) -> tuple[Tensor, Tensor]:
-    """The end of one clip and the start of another are given: `first` zeros, t, ..., t, `last` zeros."""
+    """The end of one clip and the start of another are given: ``first`` zeros, t, ..., t, ``last`` zeros."""
     if first < 1 or last < 1 or first + last >= frames:
-        raise ValueError(f"first, last: got {first} and {last}, wanted each >= 1 and fewer than {frames} together")
+        raise ValueError(f"first and last must be at least 1 and less than {frames} together, got {first} and {last}")
     return given_frames(t, frames, [*range(first), *range(frames - last, frames)])
 
 
@@ -62,7 +62,7 @@ def given_frames(t: Tensor, frames: int, index: Sequence[int] | Tensor) -> tuple
         index = _frame_mask(frames, index, t.device)
     if index.dtype != torch.bool or index.shape[-1:] != (frames,):
         got = f"{index.dtype} of shape {tuple(index.shape)}"
-        raise ValueError(f"index: got {got}, wanted a bool mask of shape ({frames},) or (B, {frames})")
+        raise ValueError(f"index must be a bool mask of shape ({frames},) or (B, {frames}), got {got}")
     hold = index.expand(t.shape[0], frames)
     return t[:, None].masked_fill(hold, 0), hold
 
@@ -73,7 +73,7 @@ def progressive(t: Tensor, frames: int, ramp: int = 10) -> tuple[Tensor, Tensor]
     At the clean end, t = -1, every generated frame is at -1.
     """
     if ramp < 1:
-        raise ValueError(f"ramp: got {ramp}, wanted at least 1")
+        raise ValueError(f"ramp must be at least 1, got {ramp}")
     i = torch.arange(frames, device=t.device)
     growing = torch.div(i * t[:, None], ramp, rounding_mode="floor")
     tau = torch.minimum(growing, t[:, None]).clamp(min=-1)
@@ -96,6 +96,6 @@ def _frame_mask(frames: int, index: Sequence[int], device: torch.device) -> Tens
     mask = torch.zeros(frames, dtype=torch.bool, device=device)
     for i in index:
         if not -frames <= i < frames:
-            raise ValueError(f"index: got frame {i}, wanted from {-frames} to {frames - 1}")
-        mask[i] = True  # a fill on the device: a tensor built from a list would be copied there
+            raise ValueError(f"index must hold frames from {-frames} to {frames - 1}, got {i}")
+        mask[i].fill_(True)  # on the device: a tensor built from a list would be copied there
     return mask

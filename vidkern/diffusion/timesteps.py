@@ -17,7 +17,7 @@ def sample_timesteps(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Draws uniform timesteps from 0 .. num_steps - 1, on the device and without a synchronisation.
+    """Draw uniform timesteps from 0 .. num_steps - 1, on the device and without a synchronisation.
 
     Args:
         batch, frames: B and F.
@@ -36,9 +36,9 @@ def sample_timesteps(
         ValueError: an unknown mode or p outside [0, 1].
     """
     if mode not in MODES:
-        raise ValueError(f"mode: got {mode!r}, wanted one of {', '.join(MODES)}")
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if not 0 <= p <= 1:
-        raise ValueError(f"p: got {p}, wanted a probability in [0, 1]")
+        raise ValueError(f"p must be a probability in [0, 1], got {p}")
     if device is None:
         device = generator.device if generator is not None else torch.device("cpu")
 
