@@ -225,8 +225,9 @@ def norm_silu_pad(
         mean = wide.new_empty(0)
         rstd = (wide.square().mean((1, 2)) + eps).rsqrt()
     else:
-        variance, mean = torch.var_mean(wide, (2, 3, 4, 5), correction=0)
-        rstd = (variance + eps).rsqrt()
+        mean = wide.mean((2, 3, 4, 5))
+        centred = wide - mean[..., None, None, None, None]
+        rstd = (centred.square().mean((2, 3, 4, 5)) + eps).rsqrt()
     act = F.silu(_affine(_normed(x, mean, rstd, norm, groups), weight, bias))
     padded = pad(act.flatten(1, 2).to(x.dtype), cache, kernel, dilation, time_pad, space_pad)
     return _channels_last(padded), mean, rstd
