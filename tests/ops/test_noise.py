@@ -432,6 +432,17 @@ def test_diffusion_mse_gradients(prediction, sharing, base_weight):
     assert torch.autograd.gradcheck(function, (pred, x0, alpha, sigma, weight))
 
 
+@pytest.mark.parametrize("wanted", range(4), ids=["pred", "x0", "alpha", "sigma"])
+def test_diffusion_mse_gradient_of_one_input_alone(wanted):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 4, 5, 6), *clips((2, 3, 4, 5, 6))]
+    every = [tensor.clone().requires_grad_() for tensor in inputs]
+    all_grads = torch.autograd.grad(ops.diffusion_mse(*every, KEY, prediction="v").sum(), every)
+    inputs[wanted].requires_grad_()
+    (alone,) = torch.autograd.grad(ops.diffusion_mse(*inputs, KEY, prediction="v").sum(), inputs[wanted])
+    assert torch.equal(alone, all_grads[wanted])
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5, 6), (2, 0, 4, 5, 6)], ids=str)
 def test_empty_clips(shape):
     x0, alpha, sigma = clips(shape, requires_grad=True)

@@ -310,18 +310,21 @@ def _save_diffusion_mse(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, x0, alpha, sigma, key, prediction, sharing, base_weight, sample_offset = inputs
     residual = output[1]
     ctx.mark_non_differentiable(residual)
-    ctx.save_for_backward(residual, x0, alpha, sigma, key, base_weight)
-    ctx.options = prediction, sharing, sample_offset
+    if any(level.requires_grad for level in (x0, alpha, sigma)):  # the target's side needs its inputs again
+        ctx.save_for_backward(residual, x0, alpha, sigma, key, base_weight)
+        ctx.options = prediction, sharing, sample_offset
+    else:
+        ctx.save_for_backward(residual)
 
 
 def _backward_diffusion_mse(ctx: Any, dmse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dmse is None:
         return (None,) * 9
-    residual, *inputs = ctx.saved_tensors
+    residual, *target_inputs = ctx.saved_tensors
     dpred = _diffusion_mse_backward(dmse, residual)
     grads: tuple[Tensor | None, ...] = (None, None, None)
-    if any(ctx.needs_input_grad[1:4]):  # the target's side
-        grads = _add_noise_grads(None, -dpred, *inputs, *ctx.options)
+    if target_inputs:
+        grads = _add_noise_grads(None, -dpred, *target_inputs, *ctx.options)
     return (dpred, *grads, None, None, None, None, None)
 
 

@@ -74,9 +74,11 @@ def ddim_step(
     check_choice("prediction", prediction, PREDICTIONS)
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be between 0 and 1, got {eta!r}")
-    if eta > 0 and key is None:
-        raise ValueError(f"key must be given where eta > 0, got None with eta = {eta!r}")
-    weight = _check_noise(x_t, key, sharing, base_weight, sample_offset)
+    weight = None
+    if eta > 0:
+        if key is None:
+            raise ValueError(f"key must be given where eta > 0, got None with eta = {eta!r}")
+        weight = _check_noise(x_t, key, sharing, base_weight, sample_offset)
     return _ddim_step(
         x_t,
         model_out,
@@ -257,11 +259,10 @@ def _check_model_out(x_t: Tensor, model_out: Tensor, guidance_scale: float | Non
 
 
 def _check_noise(
-    x_t: Tensor, key: Tensor | None, sharing: str, base_weight: float | Tensor | None, sample_offset: int
+    x_t: Tensor, key: Tensor, sharing: str, base_weight: float | Tensor | None, sample_offset: int
 ) -> Tensor | None:
-    if key is not None:
-        check_key(key)
-        _check.same_device("key", key, "x_t", x_t)
+    check_key(key)
+    _check.same_device("key", key, "x_t", x_t)
     batch, frames, channels, height, width = x_t.shape
     check_counts(batch, frames, channels * height * width, sample_offset)
     return weight_per_frame(sharing, base_weight, batch, frames, x_t.device)
