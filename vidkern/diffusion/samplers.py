@@ -1,7 +1,7 @@
 """Samplers: DDPM, DDIM and flow Euler, for any task pattern, with guidance and given frames kept bit for bit."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]
 @torch.no_grad()
 def sample(
     model: Callable[..., Tensor],
-    shape: tuple[int, ...],
+    shape: Sequence[int] | Tensor,
     schedule: Schedule,
     key: Tensor,
     *,
@@ -45,7 +45,7 @@ def sample(
 
     Args:
         model: called as model(x, t) or model(x, t, y) with x (B, F, C, H, W) and t int64 (B, F).
-        shape: (B, F, C, H, W).
+        shape: (B, F, C, H, W), or the starting noise itself, a float32 tensor of that shape.
         schedule: on the device where the clips are drawn.
         key: the noise key, int64 (2,) on that device.
         sampler: "ddim", "ddpm" or "flow" (Euler steps of flow matching).
@@ -62,7 +62,7 @@ def sample(
         eta: DDIM's noise, from 0 (none) to 1.
         clip_x0: bound on |predicted x_0|; None: no bound.
         sharing, base_weight: how frames share the starting noise, see ``vidkern.ops.philox_normal``.
-        step_sharing: how frames share the noise of the steps.
+        step_sharing: how frames share the noise of the steps, "independent" or "shared".
         sample_offset: the first sample's number in the whole set, so that a clip does not depend on the batch split.
         progress: called after each step as progress(step, num_steps), from 1.
 
@@ -73,7 +73,8 @@ def sample(
         ValueError: an unknown sampler, a schedule that does not fit it, guidance without y or y_null, a task other than
             ``standard`` without ``known``, ``known`` or ``init`` of another shape or dtype.
     """
-    _check(shape, schedule, sampler, task, known, init, y, y_null, cfg_scale)
+    start, shape = (shape, shape.shape) if isinstance(shape, Tensor) else (None, tuple(shape))
+    _check(shape, schedule, sampler, task, start, known, init, y, y_null, cfg_scale)
     timesteps = _timesteps(schedule, task, num_steps, shape)
     step = _step(sampler, schedule, key, prediction, variance, eta, clip_x0, cfg_scale, step_sharing, sample_offset)
     evaluate = _evaluator(model, y, y_null, cfg_scale)
@@ -82,10 +83,12 @@ def sample(
         init = known[:, :1].expand(shape)
     t, hold = timesteps[0]
     noise: dict[str, Any] = {"sharing": sharing, "base_weight": base_weight, "sample_offset": sample_offset}
-    if init is None:
-        x = ops.philox_normal(shape, key, dtype=torch.float32, device=schedule.device, **noise)
-    else:
+    if init is not None:
         x = ops.add_noise(init, *schedule.coefficients(t), key, **noise)
+    elif start is not None:
+        x = start
+    else:
+        x = ops.philox_normal(shape, key, dtype=torch.float32, device=schedule.device, **noise)
     if known is not None:
         x = torch.where(hold[:, :, None, None, None], known, x)
 
@@ -158,6 +161,7 @@ def _check(
     schedule: Schedule,
     sampler: str,
     task: Task,
+    start: Tensor | None,
     known: Tensor | None,
     init: Tensor | None,
     y: Tensor | None,
@@ -172,7 +176,7 @@ def _check(
         raise ValueError(f"shape must be (B, F, C, H, W), got {tuple(shape)}")
     if known is None and _unwrap(task) is not standard:
         raise ValueError("known must hold the given frames of this task, got None")
-    for name, clip in (("known", known), ("init", init)):
+    for name, clip in (("known", known), ("init", init), ("shape", start)):
         if clip is not None and (clip.shape != tuple(shape) or clip.dtype != torch.float32):
             got = f"{clip.dtype} of shape {tuple(clip.shape)}"
             raise ValueError(f"{name} must be torch.float32 of shape {tuple(shape)}, got {got}")
