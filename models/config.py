@@ -80,6 +80,8 @@ class OptimConfig:
     """Decay of the two moments."""
     max_grad_norm: float | None = None
     """Gradients of a larger global norm are scaled down to it."""
+    clip_from_step: int = 0
+    """First step at which gradients are scaled down."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights, a step."""
 
@@ -252,7 +254,8 @@ def _leaves(cls: Any, prefix: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(field.type):
             yield from _leaves(field.type, f"{prefix}{field.name}.")
         else:
-            yield prefix + field.name
+            renamed = (note.name for note in getattr(field.type, "__metadata__", ()) if getattr(note, "name", None))
+            yield prefix + next(renamed, field.name)
 
 
 def _check_keys(cls: Any, values: dict[str, Any], prefix: str) -> None:

@@ -16,7 +16,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from models.config import UsageError, one_line_errors, parse
+from models.config import TrainConfig, UsageError, one_line_errors, parse
 from models.data import contact_sheet, write_gif, write_mp4
 from models.latte import LatteConfig
 from models.sampling.codec import make_codec
@@ -145,11 +145,14 @@ def given_clip(
     return known
 
 
-def check_counts(options: SampleConfig) -> None:
-    """Raise UsageError for a count below its least value."""
-    for name in ("num_clips", "batch_size", "steps", "chunks", "ends", "fps", "zoom"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name} wants at least 1, got {getattr(options, name)}")
+def check_counts(options: SampleConfig, config: TrainConfig) -> None:
+    """Raise UsageError for a number that is too small or too large."""
+    limits = {"steps": config.diffusion.num_steps, "overlap": config.model.num_frames - 1}
+    for name in ("num_clips", "batch_size", "steps", "chunks", "overlap", "ends", "fps", "zoom"):
+        value, most = getattr(options, name), limits.get(name)
+        if value < 1 or (most is not None and value > most):
+            wanted = "at least 1" if most is None else f"from 1 to {most}"
+            raise UsageError(f"--{name} wants {wanted}, got {value}")
 
 
 def labels_of(options: SampleConfig, config: LatteConfig) -> Tensor | None:
@@ -188,9 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; a mistake of the caller is one line and status 2."""
     with one_line_errors(PROG):
         options = parse(SampleConfig, sys.argv[1:] if argv is None else argv, f"python -m {PROG}")
-        check_counts(options)
         device = pick_device(options.device)
         network, config = load_network(options.checkpoint, options.weights, options.config)
+        check_counts(options, config)
         codec = make_codec(config, options.vae, device)
         labels = labels_of(options, config.model)
         task = task_pattern(options)

@@ -77,7 +77,8 @@ class Run:
 def make_run(config: TrainConfig, world: World) -> Run:
     """Build a run at step 0, the same in every process."""
     seed_process(config.seed)
-    torch.set_float32_matmul_precision("high")
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as the papers' code trains
     model = Latte(config.model).to(world.device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     model.activation_checkpointing = config.activation_checkpointing
@@ -169,8 +170,8 @@ def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
             losses = loss_of(run, x0[part], t[part], key, {k: v[part] for k, v in conditions.items()}, first + begin)
             (weight * losses["loss"]).backward()
         sums += weight * torch.stack([losses["loss"].detach(), losses["mse"], losses["vb"]])
-    norm = clip_gradients(run.model, config.optim.max_grad_norm)
     run.step += 1
+    norm = clip_gradients(run.model, config.optim, run.step)
     apply_settings(run.optimizer, config.optim, run.step)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)

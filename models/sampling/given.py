@@ -44,7 +44,7 @@ def read_clip(
 def _read_image(path: str) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))
     except UnidentifiedImageError as error:
         raise UsageError(f"{path} is not an image") from error
     except OSError as error:

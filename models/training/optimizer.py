@@ -26,8 +26,9 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     return config.lr * min(1.0, step / config.warmup_steps) if config.warmup_steps else config.lr
 
 
-def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
-    """Scale the gradients down to a global 2-norm of `max_norm`, if given; return their norm before, on the device."""
+def clip_gradients(model: nn.Module, config: OptimConfig, step: int) -> Tensor:
+    """Scale the gradients down as `config` says at `step`; return their global 2-norm before, on the device."""
+    clip = config.max_grad_norm is not None and step >= config.clip_from_step
     trained = [p for p in model.parameters() if p.requires_grad]
-    norm = nn.utils.clip_grad_norm_(trained, math.inf if max_norm is None else max_norm)
+    norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm if clip else math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,59 @@
+"""Pixels to and from the latents of an image autoencoder."""
+
+import dataclasses
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
+
+from models.autoencoder import decode_latents, downsampling, load_autoencoder, posterior, scaling
+from models.config import TrainConfig, UsageError
+from models.data.latents import read_index
+from models.latte import LatteConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """A network that works on an autoencoder's latents."""
+
+    model: LatteConfig
+    vae: AutoencoderKL
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """The network's times the autoencoder's downsampling."""
+        height, width = self.model.frame_size
+        return height * downsampling(self.vae), width * downsampling(self.vae)
+
+    @property
+    def channels(self) -> int:
+        """Colour."""
+        return 3
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The mean of the autoencoder's posterior, scaled."""
+        scale, shift = scaling(self.vae)
+        return ((posterior(self.vae, pixels)[0] - shift) * scale).float().cpu()
+
+    def decode(self, clip: Tensor) -> Tensor:
+        """The autoencoder's reconstruction."""
+        return decode_latents(self.vae, clip[None])[0].cpu()
+
+
+def load_latents(config: TrainConfig, vae: str | None, device: torch.device) -> Latents:
+    """The codec of a latent network; see models.sampling.codec.make_codec."""
+    name = vae or config.data.vae or _vae_of_data(config)
+    autoencoder = load_autoencoder(name, device=device)
+    channels = autoencoder.config["latent_channels"]
+    if channels != config.model.in_channels:
+        raise UsageError(
+            f"the autoencoder {name} has {channels} latent channels, the network {config.model.in_channels}"
+        )
+    return Latents(config.model, autoencoder)
+
+
+def _vae_of_data(config: TrainConfig) -> str:
+    try:
+        return read_index(str(config.data.path)).vae
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{error}; give --vae to decode without them") from error
