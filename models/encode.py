@@ -117,7 +117,7 @@ class ShardWriter:
         for mirrored, (mean, std) in enumerate(zip(latents[::2], latents[1::2], strict=True)):
             number = len(self.index.entries) + len(self._entries)
             self._entries.append(Entry(video.name, video.label, len(mean), bool(mirrored), shard))
-            self._tensors |= {f"{number}.mean": mean, f"{number}.std": std}
+            self._tensors |= {f"{number}.mean": mean.contiguous(), f"{number}.std": std.contiguous()}
         if sum(tensor.nbytes for tensor in self._tensors.values()) >= self.limit:
             self.flush()
 
