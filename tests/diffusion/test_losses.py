@@ -7,6 +7,7 @@ from torch.distributions import Normal, kl_divergence
 from tests.diffusion.common import Network, NoHostTraffic
 from vidkern import ops
 from vidkern.diffusion import diffusion_loss, image_to_video, make_schedule, sample_timesteps
+from vidkern.diffusion.losses import predict_x0, variational_bound
 
 B, F, C, H, W = 4, 5, 4, 6, 6
 KEY = torch.tensor([7, 3])
@@ -59,6 +60,35 @@ def exact_terms(out, x0, t, noise, prediction, channels=C):
     nll = -(above - below).clamp(min=1e-12).log()
     vb = torch.where(t[:, :, None, None, None] == 0, nll, kl).mean((2, 3, 4)) / math.log(2)
     return mse, vb
+
+
+def wave(*shape, step):
+    """Sines of whole numbers: the same values everywhere."""
+    n = torch.Size(shape).numel()
+    return torch.sin(step * torch.arange(n, dtype=torch.float64)).reshape(shape).float()
+
+
+@pytest.mark.parametrize(
+    ("t", "recorded"),
+    [
+        (torch.tensor([0, 1, 20, 999]), [1.2644993, 0.14520268, 0.0083765062, 0.0018544534]),
+        (
+            torch.tensor([[1, 500, 999], [7] * 3, [900, 30, 2], [0] * 3]),
+            [0.05194563, 0.022359181, 0.026280235, 1.2346176],
+        ),
+    ],
+    ids=["latte", "fvdm"],
+)
+def test_vb_is_the_public_codes(t, recorded):
+    """The released training_losses of Latte (t of a clip) and FVDM (t of a frame) gave these numbers for each clip."""
+    x0, noise = (1.2 * wave(4, 3, 2, 4, 4, step=0.7)).clamp(-1, 1), 1.4 * wave(4, 3, 2, 4, 4, step=1.9)
+    pred, fraction = noise + 0.5 * wave(4, 3, 2, 4, 4, step=2.3), wave(4, 3, 2, 4, 4, step=0.31)
+    tau = t if t.dim() == 2 else t[:, None].expand(4, 3)
+    alpha, sigma = LINEAR.coefficients(tau)
+    x_t = alpha[:, :, None, None, None] * x0 + sigma[:, :, None, None, None] * noise
+    guess = predict_x0(pred, x_t, alpha, sigma, "epsilon")
+    vb = variational_bound(x0, guess, fraction, tau, LINEAR)
+    torch.testing.assert_close(vb.mean(1), torch.tensor(recorded), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])

@@ -117,7 +117,7 @@ def _stream(key: Tensor, batch: int, frames: int, elements: int, sample_offset: 
         count(-(-elements // LANES)),  # group
         count(frames)[:, None],
         sample_offset + count(batch)[:, None, None],
-        torch.as_tensor(stream, device=key.device),
+        stream if isinstance(stream, Tensor) else key.new_full((), stream),  # filled there: nothing is copied over
     )
     w0, w1, w2, w3 = philox4x32(counter, philox_key(key))
     lanes = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1)
