@@ -8,6 +8,7 @@ from vidkern.nn.attention import (
     TemporalAttention,
 )
 from vidkern.nn.block import DividedSpaceTimeBlock, FinalLayer, Mlp
+from vidkern.nn.conv3d import CausalConv3d
 from vidkern.nn.embedding import LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from vidkern.nn.linear import xavier_linear, zero_linear
 from vidkern.nn.modulation import Branch, PerFrameModulation, residual_modulate
@@ -15,6 +16,7 @@ from vidkern.nn.position import rotary_tables, sincos_1d, sincos_2d
 
 __all__ = [
     "Branch",
+    "CausalConv3d",
     "DividedSpaceTimeBlock",
     "FinalLayer",
     "LabelEmbedder",

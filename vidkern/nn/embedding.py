@@ -74,7 +74,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """Embed t of any shape, integer or float: (...) -> (..., D), in the weights' (or autocast's) dtype."""
         frequencies = ops.timestep_embedding(t, self.frequency_size)
-        return self.mlp(frequencies.to(self.mlp[0].weight.dtype))
+        return self.mlp(frequencies.to(self.mlp.get_parameter("0.weight").dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -36,7 +36,9 @@ def residual_modulate(x: Tensor, branch: Branch | None, shift: Tensor, scale: Te
     Returns:
         (x, h): the residual stream and the next branch's input, each (B, F, N, D).
     """
+    # eps as a literal: with dynamic=True torch.compile makes an input of a default or a global, and fails on it inside
+    # activation checkpointing
     if branch is None:
-        return x, ops.layer_norm_modulate(x, shift, scale)
+        return x, ops.layer_norm_modulate(x, shift, scale, eps=1e-6)
     y, gate = branch
-    return ops.gate_residual_modulate(x, y, gate, shift, scale)
+    return ops.gate_residual_modulate(x, y, gate, shift, scale, eps=1e-6)
