@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "kernels"
 
 CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra -Wno-psabi"
-CUDA_FLAGS = "-std=c++20 -O3 --fmad=true -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v --threads 2"
+CUDA_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills --threads 2"
 CUDA_TARGETS = ("sm_80", "sm_86", "sm_90a")
 PTX_TARGET = "compute_90"  # what later GPUs compile for themselves
 TORCH_ABI = "0x020b000000000000"  # torch 2.11
@@ -33,17 +33,12 @@ def find_cxx() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
 
 
-def find_cuda() -> Path | None:
-    """Return the CUDA toolkit's folder, or None where it is missing or unwanted."""
+def find_nvcc() -> str | None:
+    """Return the CUDA compiler, or None where it is missing or unwanted."""
     if os.environ.get("VIDKERN_CUDA", "1") == "0":
         return None
-    nvcc = shutil.which("nvcc", path=os.pathsep.join((_cuda_home_bin(), os.environ.get("PATH", ""))))
-    return Path(nvcc).resolve().parent.parent if nvcc else None
-
-
-def _cuda_home_bin() -> str:
     home = os.environ.get("CUDA_HOME")
-    return str(Path(home) / "bin") if home else ""
+    return (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or shutil.which("nvcc")
 
 
 def torch_folder() -> Path:
@@ -54,7 +49,7 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def ninja_file(cxx: str, cuda: Path | None) -> str:
+def ninja_file(cxx: str, nvcc: str | None) -> str:
     """Return the build graph: an object per source file, a library per language."""
     torch = torch_folder()
     include = f"-DTORCH_TARGET_VERSION={TORCH_ABI} -I{ROOT / 'csrc'} -isystem {torch / 'include'}"
@@ -64,35 +59,35 @@ def ninja_file(cxx: str, cuda: Path | None) -> str:
         f"  command = $cxx {CXX_FLAGS} {include} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        "rule link",
-        "  command = $cxx -shared $in -o $out $libraries",
+        "rule link_cpu",
+        f"  command = $cxx -shared $in -o $out -L{torch / 'lib'} -ltorch_cpu",
+        *_library("cpu", "cpp"),
     ]
-    libraries = f"-L{torch / 'lib'} -ltorch_cpu"
-    rules += _library("cpu", "cpp", libraries, [])
-    if cuda is not None:
+    if nvcc is not None:
         arch = [f"-gencode=arch={sm.replace('sm', 'compute')},code={sm}" for sm in CUDA_TARGETS]
         arch.append(f"-gencode=arch={PTX_TARGET},code={PTX_TARGET}")
         rules += [
+            f"nvcc = {nvcc} -ccbin $cxx",
             "rule compile_cuda",
-            f"  command = {cuda / 'bin' / 'nvcc'} -ccbin $cxx {CUDA_FLAGS} {' '.join(arch)} -DUSE_CUDA {include}"
-            " -MMD -MF $out.d -c $in -o $out",
+            f"  command = $nvcc {CUDA_FLAGS} {' '.join(arch)} -DUSE_CUDA {include} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule stub",  # torch's CUDA library by name: a CPU build of torch does not have it
             "  command = $cxx -shared -Wl,-soname,libtorch_cuda.so -x c /dev/null -o $out",
             "build libtorch_cuda.so: stub",
+            "rule link_cuda",
+            f"  command = $nvcc -shared $in -o $out -Xlinker --no-as-needed"
+            f" -L{torch / 'lib'} -ltorch_cpu -L. -ltorch_cuda",
+            *_library("cuda", "cu", "libtorch_cuda.so"),
         ]
-        libraries += f" -Wl,--no-as-needed -L. -ltorch_cuda -L{cuda / 'lib64'} -lcudart_static -ldl -lrt -lpthread"
-        rules += _library("cuda", "cu", libraries, ["libtorch_cuda.so"])
     return "\n".join(rules) + "\n"
 
 
-def _library(name: str, extension: str, libraries: str, needs: list[str]) -> list[str]:
+def _library(name: str, extension: str, needs: str = "") -> list[str]:
     sources = sorted((ROOT / "csrc" / name).glob(f"*.{extension}"))
     objects = [f"{name}/{source.stem}.o" for source in sources]
-    lines = [f"build {obj}: compile_{name} {source}" for obj, source in zip(objects, sources, strict=True)]
-    after = f" | {' '.join(needs)}" if needs else ""
-    return [*lines, f"build _C_{name}.so: link {' '.join(objects)}{after}", f"  libraries = {libraries}"]
+    compiles = [f"build {obj}: compile_{name} {src}" for obj, src in zip(objects, sources, strict=True)]
+    return [*compiles, f"build _C_{name}.so: link_{name} {' '.join(objects)} | {needs}".rstrip(" |")]
 
 
 class BuildKernels(build_ext):
@@ -105,7 +100,7 @@ class BuildKernels(build_ext):
             print("vidkern: no C++ compiler found, so no compiled kernels; Triton and PyTorch remain", file=sys.stderr)
             return
         BUILD.mkdir(parents=True, exist_ok=True)
-        graph = ninja_file(cxx, find_cuda())
+        graph = ninja_file(cxx, find_nvcc())
         ninja = BUILD / "build.ninja"
         if not ninja.exists() or ninja.read_text() != graph:
             ninja.write_text(graph)
@@ -121,7 +116,7 @@ class BuildKernels(build_ext):
     def _outputs(self) -> list[Path]:
         in_place = self.inplace or self.editable_mode
         package = (ROOT if in_place else Path(self.build_lib)) / "vidkern"
-        built = ["_C_cpu.so"] + (["_C_cuda.so"] if find_cuda() else [])
+        built = ["_C_cpu.so"] + (["_C_cuda.so"] if find_nvcc() else [])
         return [package / name for name in built]
 
     def get_outputs(self) -> list[str]:
