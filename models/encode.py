@@ -20,6 +20,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models.autoencoder import downsampling, load_autoencoder, posterior, scaling
 from models.config import UsageError, one_line_errors, parse
@@ -77,7 +78,7 @@ def encode(config: EncodeConfig) -> Index:
     loader = DataLoader(_Frames(todo, config.size, config.batch_size), batch_size=None, num_workers=config.workers)
 
     skipped, parts = 0, dict[int, list[tuple[Tensor, ...]]]()
-    with tqdm(total=len(done) + len(todo), initial=len(done), unit="video") as progress:
+    with logging_redirect_tqdm(), tqdm(total=len(done) + len(todo), initial=len(done), unit="video") as progress:
         for number, frames, error in loader:
             if frames is not None:
                 both = (frames, frames.flip(-1)) if config.flip else (frames,)
@@ -93,7 +94,10 @@ def encode(config: EncodeConfig) -> Index:
             progress.update()
     writer.flush()
     entries = writer.index.entries
-    print(f"{len(entries)} encoded videos, {sum(e.frames for e in entries)} frames in {config.out}; skipped: {skipped}")
+    print(
+        f"{len(entries)} encoded videos, {sum(e.frames for e in entries)} frames in {config.out}; "
+        f"skipped: {skipped} unreadable, {len(listing.others)} not videos"
+    )
     if not entries:
         raise ValueError(f"none of the {len(listing.videos)} videos in {config.videos} could be read")
     return writer.index

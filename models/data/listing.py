@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
     | {".ogv", ".ts", ".vob", ".webm", ".wmv"}
 )
+_log = logging.getLogger(__name__)
 _FIELDS = ("path", "label", "start")
 
 
@@ -40,7 +42,8 @@ def list_videos(source: str | Path) -> Listing:
     line is `path[,label[,start]]`, with an optional header, or an object with these keys; paths are relative to the
     manifest. Labels that are all numbers are taken as they are, others are numbered in sorted order; none means 0.
 
-    Raises FileNotFoundError for a missing source and ValueError for one that names no video or has a bad line.
+    Files of a folder that are not videos by their name are told in one line of the log. Raises FileNotFoundError for a
+    missing source and ValueError for one that names no video or has a bad line.
     """
     source = Path(source)
     if source.is_dir():
@@ -53,6 +56,9 @@ def list_videos(source: str | Path) -> Listing:
         raise FileNotFoundError(f"no folder, manifest or file of videos at {source}")
     if not listing.videos:
         raise ValueError(f"no video files in {source}")
+    if listing.others:
+        names = ", ".join(listing.others[:5]) + (", ..." if len(listing.others) > 5 else "")
+        _log.warning("%s: skipped, not videos (%d): %s", source, len(listing.others), names)
     return listing
 
 

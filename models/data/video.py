@@ -73,9 +73,6 @@ class VideoFolder(SeededDataset):
         listing = list_videos(source)
         self.videos, self.classes, self._others = listing.videos, listing.classes, listing.others
         self._unreadable = get_context("spawn").Array("b", len(self.videos))
-        if self._others:
-            shown = ", ".join(self._others[:5]) + (", ..." if len(self._others) > 5 else "")
-            _log.warning("%s: skipped %d files that are not videos: %s", source, len(self._others), shown)
 
     def __len__(self) -> int:
         """The number of video files, readable or not."""
