@@ -27,7 +27,7 @@ def diffusion_loss(
     base_weight: Tensor | float | None = None,
     sample_offset: int = 0,
 ) -> dict[str, Tensor]:
-    """The loss of one training step: noise, one call of the model, mse and vb. Never waits for the device.
+    """Return the loss of one training step: noise, one call of the model, mse and vb. Never waits for the device.
 
     With ``learned_range`` it is the hybrid loss mse + vb of Nichol & Dhariwal 2021, with no factor on vb, as DiT, Latte
     and FVDM train: the second half of the model's channels interpolates the log variance between its bounds, and vb is,
@@ -45,6 +45,7 @@ def diffusion_loss(
         prediction: what the model predicts: "epsilon" the noise n; "v" alpha n - sigma x_0; "flow" n - x_0; "x0".
         learned_range: whether the model also predicts the variance.
         hold: bool (B, F), true for frames that are given: they enter the model clean and do not count.
+            The task functions return it beside a t that is 0 there.
         min_snr: clamp of the min-SNR weights of the mse (Hang et al. 2023); None: no weights.
         sharing, base_weight, sample_offset: see ``vidkern.ops.add_noise``.
 
@@ -53,8 +54,8 @@ def diffusion_loss(
         ``learned_range``), its two parts, and "per_frame", their sum for each frame (B, F): float32 and detached.
 
     Raises:
-        ValueError: a learned range for a schedule that is not variance-preserving, a model
-            output of another shape, or as the operators raise.
+        ValueError: a learned range for a schedule that is not variance-preserving, a model output of another shape.
+        TypeError, ValueError: as ``vidkern.ops.add_noise`` and ``vidkern.ops.diffusion_mse``.
     """
     if learned_range and not schedule.variance_preserving:
         raise ValueError(f"learned_range needs a variance-preserving schedule, got {schedule.name!r}")
@@ -77,18 +78,17 @@ def diffusion_loss(
         guess = predict_x0(pred.detach(), x_t, alpha, sigma, prediction)
         vb = variational_bound(x0, guess, out[:, :, x0.shape[2] :], tau, schedule)
 
-    count = _counted_mean(hold)
     frames = mse + vb
     return {
-        "loss": count(frames),
-        "mse": count(mse.detach()),
-        "vb": count(vb.detach()),
+        "loss": _mean(frames, hold),
+        "mse": _mean(mse.detach(), hold),
+        "vb": _mean(vb.detach(), hold),
         "per_frame": frames.detach(),
     }
 
 
 def variational_bound(x0: Tensor, guess: Tensor, fraction: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """The term of the variational bound at timestep t, in bits per dimension, for each frame.
+    """Return the term of the variational bound at timestep t, in bits per dimension, for each frame.
 
     Args:
         x0, guess: the clean clip and the model's prediction of it, (B, F, C, H, W).
@@ -115,7 +115,7 @@ def variational_bound(x0: Tensor, guess: Tensor, fraction: Tensor, t: Tensor, sc
 
 
 def discretized_gaussian_nll(x0: Tensor, distance: Tensor, log_scale: Tensor) -> Tensor:
-    """Negative log likelihood, in nats, of 8-bit values in [-1, 1] under a Gaussian (Ho et al. 2020, eq. 13).
+    """Return -log p, in nats, of 8-bit values in [-1, 1] under a Gaussian (Ho et al. 2020, equation 13).
 
     Args:
         x0: the values. Bins are 2/255 wide; those of -1 and 1 extend to infinity.
@@ -133,7 +133,7 @@ def discretized_gaussian_nll(x0: Tensor, distance: Tensor, log_scale: Tensor) ->
 
 
 def predict_x0(pred: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> Tensor:
-    """The clean clip that a prediction implies at x_t, in float32.
+    """Return the clean clip that a prediction implies at x_t, in float32.
 
     Args:
         pred, x_t: (B, F, C, H, W).
@@ -151,7 +151,7 @@ def predict_x0(pred: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, predicti
 
 
 def min_snr_weight(alpha: Tensor, sigma: Tensor, clamp: float, prediction: str) -> Tensor:
-    """The min-SNR weight of a squared error (Hang et al. 2023): min(snr, clamp) in units of the x_0 loss, (B, F)."""
+    """Return the min-SNR weight of a squared error (Hang et al. 2023), (B, F): min(snr, clamp) for the x_0 loss."""
     snr = (alpha / sigma) ** 2
     if prediction == "epsilon":
         return (clamp / snr).clamp(max=1)
@@ -164,12 +164,12 @@ def min_snr_weight(alpha: Tensor, sigma: Tensor, clamp: float, prediction: str) 
 
 
 def per_frame(t: Tensor, frames: int) -> Tensor:
-    """Timesteps (B,) or (B, F) as (B, F), without a copy."""
+    """Return timesteps (B,) or (B, F) as (B, F), without a copy."""
     return t if t.dim() == 2 else t[:, None].expand(-1, frames)
 
 
 def over_pixels(v: Tensor) -> Tensor:
-    """A per-frame value (B, F) as (B, F, 1, 1, 1)."""
+    """Return a per-frame value (B, F) as (B, F, 1, 1, 1)."""
     return v[:, :, None, None, None]
 
 
@@ -178,8 +178,9 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
-def _counted_mean(hold: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _mean(frames: Tensor, hold: Tensor | None) -> Tensor:
+    """Return the mean over the frames that are not given."""
     if hold is None:
-        return Tensor.mean
-    counted = (~hold).float()
-    return lambda frames: (frames * counted).sum() / counted.sum().clamp(min=1)
+        return frames.mean()
+    counted = (~hold).to(frames.dtype)
+    return (frames * counted).sum() / counted.sum().clamp(min=1)
