@@ -112,14 +112,12 @@ def test_given_apart_equals_packed_on_every_backend(operator, backend):
 
 
 def test_rope_pairs_neighbouring_channels_as_diffusers_rotates_cogvideox():
-    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    from diffusers.models.embeddings import apply_rotary_emb
+
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 6, 4, 2, 64)
     cos, sin = rope_tables(6, 64)
-    turned = [
-        embeddings.apply_rotary_emb(x.permute(0, 2, 3, 1, 4).flatten(0, 1), (cos, sin)).unflatten(0, (2, 4))
-        for x in (q, k)
-    ]
+    turned = [apply_rotary_emb(x.permute(0, 2, 3, 1, 4).flatten(0, 1), (cos, sin)).unflatten(0, (2, 4)) for x in (q, k)]
     wanted = plain_temporal(*(x.permute(0, 3, 1, 2, 4) for x in turned), v)
     torch.testing.assert_close(ops.temporal_attention((q, k, v), rope=(cos, sin)), wanted)
 
@@ -174,6 +172,24 @@ def test_a_masked_key_has_no_influence_and_a_wholly_masked_query_gives_zero():
     assert torch.equal(grads[0][:, 3, :, 1:], torch.zeros(2, 3, 2, 2, 32, dtype=torch.float64))
     for grad, plain in zip(grads, plain_grads, strict=True):
         torch.testing.assert_close(grad, plain)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_the_gradient_of_a_bias_is_summed_where_it_is_learned_only(learned):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 3, 4, 3, 2, 32, requires_grad=True)
+    o = ops.temporal_attention(qkv, bias=torch.randn(2, 3, 3, requires_grad=learned))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.vidkern.temporal_attention_packed_backward.default:
+                self.dbias = result[1]
+            return result
+
+    with Watch() as watch:
+        o.sum().backward()
+    assert watch.dbias.shape == ((2, 3, 3) if learned else (0,))
 
 
 def test_causal_frames_do_not_see_later_ones():

@@ -224,6 +224,7 @@ def test_gradcheck(time_pad, space_pad, cached):
             weight,
             bias,
             stride=stride,
+            dilation=(1, 1, 2),
             time_pad=time_pad,
             space_pad=space_pad,
             cache=cache,

@@ -11,49 +11,42 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _turn(x: Tensor) -> Tensor:
-    """Turn every pair (x[2i], x[2i+1]) of channels by a quarter: (-x[2i+1], x[2i])."""
+def _problems(x: Tensor) -> Tensor:
+    """Return x (B, F, N, H, d) as one F x d matrix for each (b, n, h), in float32 or wider."""
+    return _wide(x).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.permute(0, 3, 1, 2, 4).to(dtype).contiguous()  # (B, N, H, F, d) -> (B, F, N, H, d)
+
+
+def _quarter_turn(x: Tensor) -> Tensor:
+    """Turn every pair of channels (x[2i], x[2i+1]) into (-x[2i+1], x[2i])."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((-odd, even), -1).flatten(-2)
 
 
-def _turn_back(x: Tensor) -> Tensor:
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((odd, -even), -1).flatten(-2)
-
-
-def _rope_tables(cos: Tensor, sin: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return cos.to(x.dtype)[:, None, None], sin.to(x.dtype)[:, None, None]  # (F, 1, 1, d), beside (B, F, N, H, d)
-
-
-def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """Rotate x (B, F, N, H, d) by its frame's angles: x * cos + turn(x) * sin."""
+def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Rotate x (..., F, d) by its frame's angles."""
     if cos is None or sin is None:
         return x
-    cos, sin = _rope_tables(cos, sin, x)
-    return x * cos + _turn(x) * sin
+    return x * cos.to(x.dtype) + _quarter_turn(x) * sin.to(x.dtype)
 
 
-def rotate_backward(grad: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """Return the gradient of x from that of ``rotate(x, cos, sin)``."""
+def _rotate_backward(grad: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     if cos is None or sin is None:
         return grad
-    cos, sin = _rope_tables(cos, sin, grad)
-    return grad * cos + _turn_back(grad * sin)
+    return grad * cos.to(grad.dtype) - _quarter_turn(grad * sin.to(grad.dtype))  # a quarter turn's transpose is its -1
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
-    scores = torch.einsum("bfnhd,bgnhd->bnhfg", q, k) * scale
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
+    """Return softmax(scale * q k^T + bias) over the keys; zeros for a query with every key masked."""
+    scores = q @ k.mT * scale
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
-    return scores
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension; a row in which everything is masked is zero."""
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.softmax(-1).masked_fill(nothing, 0)
 
@@ -69,9 +62,9 @@ def temporal_attention(
     causal: bool,
 ) -> Tensor:
     """Return o (B, F, N, H, d): attention over F at each (b, n) and head."""
-    wide_q, wide_k = rotate(_wide(q), cos, sin), rotate(_wide(k), cos, sin)
-    p = _softmax(_scores(wide_q, wide_k, bias, scale, causal))
-    return torch.einsum("bnhfg,bgnhd->bfnhd", p, _wide(v)).to(q.dtype).contiguous()
+    wide_q, wide_k = _rotate(_problems(q), cos, sin), _rotate(_problems(k), cos, sin)
+    p = _probabilities(wide_q, wide_k, bias, scale, causal)
+    return _tokens(p @ _problems(v), q.dtype)
 
 
 def temporal_attention_backward(
@@ -87,16 +80,14 @@ def temporal_attention_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv, dbias), with everything computed again from the inputs; dbias is empty unless asked for."""
-    wide_q, wide_k, wide_do = rotate(_wide(q), cos, sin), rotate(_wide(k), cos, sin), _wide(do)
-    p = _softmax(_scores(wide_q, wide_k, bias, scale, causal))
-    dp = torch.einsum("bfnhd,bgnhd->bnhfg", wide_do, _wide(v))
+    wide_q, wide_k, wide_do = _rotate(_problems(q), cos, sin), _rotate(_problems(k), cos, sin), _problems(do)
+    p = _probabilities(wide_q, wide_k, bias, scale, causal)
+    dp = wide_do @ _problems(v).mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    dq = rotate_backward(torch.einsum("bnhfg,bgnhd->bfnhd", ds, wide_k) * scale, cos, sin)
-    dk = rotate_backward(torch.einsum("bnhfg,bfnhd->bgnhd", ds, wide_q) * scale, cos, sin)
-    dv = torch.einsum("bnhfg,bfnhd->bgnhd", p, wide_do)
-    dbias = ds.sum((0, 1)) if bias_grad else ds.new_empty(0)
-    dq, dk, dv = (grad.to(q.dtype).contiguous() for grad in (dq, dk, dv))
-    return dq, dk, dv, dbias
+    dq = _rotate_backward(ds @ wide_k * scale, cos, sin)
+    dk = _rotate_backward(ds.mT @ wide_q * scale, cos, sin)
+    dq, dk, dv = (_tokens(grad, q.dtype) for grad in (dq, dk, p.mT @ wide_do))
+    return dq, dk, dv, ds.sum((0, 1)) if bias_grad else ds.new_empty(0)
 
 
 def temporal_attention_packed(
