@@ -1,0 +1,181 @@
+"""`make gpu`: everything that needs a CUDA GPU, in nine minutes and without the network.
+
+Builds the CUDA library unless it is there, runs the operator tests on the GPU, compute-sanitizer over a small case of
+every CUDA kernel, and the benchmarks. A part that fails or runs out of time is reported, and the next one runs.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import ROOT, environment
+from benchmarks.report import markdown, run_report
+from benchmarks.results import JSON_VARIABLE, Run, result_path
+from benchmarks.suites import SUITES
+
+TOTAL_SECONDS = 520
+TAIL_LINES = 20
+PREBUILT = ROOT / "vidkern" / "_C_cuda.so"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command with a time limit; ``command`` is None where a tool that it needs is missing."""
+
+    name: str
+    command: Sequence[str] | None
+    limit_seconds: float
+    environment: dict[str, str] = field(default_factory=dict)
+    missing: str = ""
+
+
+def parts_of(suites: Sequence[str], results: Path) -> list[Part]:
+    """Return the parts in order; the benchmarks come last and take the time that is left."""
+    python = sys.executable
+    every = set(suites) == set(SUITES)
+    tests = ["tests/ops"] if every else [str(p) for s in suites for p in sorted(ROOT.glob(f"tests/ops/test_{s}*.py"))]
+    timed = [f"benchmarks/test_{suite}.py" for suite in suites]
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    build = [] if PREBUILT.exists() else [Part("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 150)]
+    return [
+        *build,
+        Part("doctor", [python, "-m", "vidkern", "doctor"], 30),
+        Part("tests", [*pytest, "--device", "cuda", "--continue-on-collection-errors", *tests], 120),
+        sanitizer_part("memcheck", suites),
+        sanitizer_part("racecheck", suites),
+        Part("benchmarks", [*pytest, "--benchmark", *timed], TOTAL_SECONDS, {JSON_VARIABLE: str(results)}),
+    ]
+
+
+def sanitizer_part(tool: str, suites: Sequence[str]) -> Part:
+    """Return compute-sanitizer's run of one tool over the small cases, each tensor in an allocation of its own."""
+    sanitizer = find_sanitizer()
+    small_cases = [sys.executable, "-m", "benchmarks.sanitize", *(f"--suite={suite}" for suite in suites)]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *small_cases] if sanitizer else None
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Part(tool, command, 60, uncached, "compute-sanitizer is neither on PATH nor in CUDA_HOME")
+
+
+def find_sanitizer() -> str | None:
+    """Return compute-sanitizer's path, or None."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *(f"{h}/bin" for h in homes)]))
+
+
+def run_part(part: Part, logs: Path, seconds_left: float) -> dict[str, Any]:
+    """Run a part, its output going to <logs>/<name>.log; return how it ended, and never raise for its failure.
+
+    The status is "passed", "failed", "timed out", "missing" (a tool is not there) or "no time left".
+    """
+    limit = min(part.limit_seconds, seconds_left)
+    record: dict[str, Any] = {"name": part.name, "limit_seconds": round(limit), "seconds": 0.0, "returncode": None}
+    if part.command is None:
+        return record | {"status": "missing", "tail": [part.missing]}
+    if limit <= 0:
+        return record | {"status": "no time left", "tail": []}
+    log = logs / f"{part.name}.log"
+    start = time.monotonic()
+    returncode = _run(part, log, limit)
+    status = "timed out" if returncode is None else "passed" if returncode == 0 else "failed"
+    return record | {
+        "status": status,
+        "seconds": round(time.monotonic() - start, 1),
+        "returncode": returncode,
+        "tail": log.read_text(errors="replace").splitlines()[-TAIL_LINES:],
+    }
+
+
+def _run(part: Part, log: Path, limit: float) -> int | None:
+    """Return the exit status, or None when the time was up and the command and its children were ended."""
+    assert part.command is not None
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **part.environment}
+    with log.open("w") as output:
+        try:
+            process = subprocess.Popen(
+                part.command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            output.write(f"{error}\n")
+            return 127
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _end_group(process)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_parts(parts: Sequence[Part], logs: Path, total_seconds: float) -> list[dict[str, Any]]:
+    """Run the parts in turn within the total time, telling about each; a failing one does not stop the next."""
+    start = time.monotonic()
+    records = []
+    for part in parts:
+        print(f"{part.name} ...", flush=True)
+        record = run_part(part, logs, total_seconds - (time.monotonic() - start))
+        print(f"{part.name}: {record['status']} after {record['seconds']} s", flush=True)
+        if record["status"] != "passed":
+            print("\n".join(f"    {line}" for line in record["tail"]), flush=True)
+        records.append(record)
+    return records
+
+
+def write_record(results: Path, device: torch.device, parts: Sequence[dict[str, Any]]) -> Run:
+    """Add the parts to the run that the benchmarks wrote, or write one that holds the parts alone."""
+    run = Run.read(results) if results.exists() else Run(results, environment(device), {})
+    run.parts = list(parts)
+    run.write()
+    return run
+
+
+def summary(run: Run) -> str:
+    """Return the short tables: how each part ended, and the benchmarks."""
+    rows = [
+        [part["name"], part["status"], f"{part['seconds']:.0f} s", part["tail"][-1][:80] if part["tail"] else ""]
+        for part in run.parts
+    ]
+    table = "\n".join(markdown(["part", "status", "time", "last line"], rows))
+    return f"{run_report(run)}\n\n{table}\n\nwritten to {run.path}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0 when every part passed, 1 when one did not, 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the folder for <device>/<date>-<commit>.json and logs")
+    parser.add_argument("--suite", choices=SUITES, action="append", help="run this suite alone; may be repeated")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(f"make gpu needs a CUDA GPU, and torch {torch.__version__} sees none", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    logs = options.out.resolve() / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    results = result_path(environment(device), options.out.resolve())
+    run = write_record(results, device, run_parts(parts_of(options.suite or SUITES, results), logs, TOTAL_SECONDS))
+    print(summary(run))
+    return int(any(part["status"] != "passed" for part in run.parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Renders the Markdown tables from the JSON files of runs, and says which kernels no GPU has run yet."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import RESULTS, Run, figures, read_runs
+from vidkern import _library
+
+COLUMNS = ["operator", "shape", "dtype", "pass", "by", "time", "GB/s", "% of copy", "eager", "compile", "others"]
+BASELINES = ("eager", "compile")
+GPU_BACKENDS = ("triton", "cuda")
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+def run_report(run: Run) -> str:
+    """Return one run's conditions and its table."""
+    return "\n".join([conditions(run), "", *result_table(run)])
+
+
+def conditions(run: Run) -> str:
+    """Return what a run was measured on, and its ceilings."""
+    env, ceilings = run.environment, run.ceilings
+    named = ("torch", "triton", "cuda", "cudnn", "driver", "threads", "sm_mhz", "memory_mhz", "watts")
+    versions = ", ".join(f"{name} {env[name]}" for name in named if env.get(name) is not None)
+    lines = [f"**{env['device']}**, commit {env['commit']}, {env['date'][:10]}: {versions}."]
+    if ceilings:
+        lines.append(
+            f"Ceilings in this run: copy {ceilings['copy_gigabytes_per_second']:.1f} GB/s,"
+            f" {ceilings['product_size']}^3 {ceilings['product_dtype']} product"
+            f" {ceilings['product_teraflops']:.2f} TFLOP/s."
+        )
+    return "\n".join(lines)
+
+
+def result_table(run: Run) -> list[str]:
+    """Return the table: ours, and in the last columns how many times as long the others take."""
+    return markdown(COLUMNS, [_row(result, run.ceilings) for result in run.results])
+
+
+def _row(result: dict[str, Any], ceilings: dict[str, Any]) -> list[str]:
+    ours = result["ours"]
+    row = [result["operator"], result["shape_name"], result["dtype"], result["passes"], ours.removeprefix("ours:")]
+    found = figures(result, ceilings)
+    if not found:
+        return [*row, "wrong result"]
+    row.append(_time(found["seconds"]))
+    row.append(f"{found['gigabytes_per_second']:.1f}" if "gigabytes_per_second" in found else "")
+    row.append(f"{found['percent_of_copy']:.0f}" if "percent_of_copy" in found else "")
+    times = {name: _times(name, result, found) for name in result["variants"] if name != ours}
+    row += [times.pop(name) for name in BASELINES]
+    return [*row, ", ".join(f"{name.removeprefix('ours:')} {value}" for name, value in times.items())]
+
+
+def _times(variant: str, result: dict[str, Any], found: dict[str, float]) -> str:
+    if f"times_{variant}" in found:
+        return f"{found[f'times_{variant}']:.2f}x"
+    return "fails" if "failed" in result["variants"][variant] else "wrong"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} us"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table padded so that it reads well as plain text too."""
+    filled = [list(header), *([*row, *[""] * (len(header) - len(row))] for row in rows)]
+    widths = [max(len(row[i]) for row in filled) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in filled]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+def never_on_gpu(runs: Iterable[Run]) -> list[tuple[str, str]]:
+    """Return (operator, backend) for every GPU kernel that no run has shown to be right on a GPU."""
+    shown = {
+        (result["operator"], name.removeprefix("ours:"))
+        for run in runs
+        if "capability" in run.environment
+        for result in run.results
+        if _covers_every_kernel(result)
+        for name, variant in result["variants"].items()
+        if variant["correct"]
+    }
+    return [
+        (operator, backend)
+        for operator, dispatcher in sorted(_library.operators.items())
+        if not operator.endswith("_backward")
+        for backend in GPU_BACKENDS
+        if backend in dispatcher.kernels and (operator, backend) not in shown
+    ]
+
+
+def _covers_every_kernel(result: dict[str, Any]) -> bool:
+    """Whether a result has run the gradient's kernel too, where its operator has one."""
+    return result["passes"] == "forward+backward" or f"{result['operator']}_backward" not in _library.operators
+
+
+def newest(runs: Sequence[Run]) -> Iterator[Run]:
+    """Yield the runs, given oldest first, cut down to the families of which they are their device's newest."""
+    last = {(run.environment["device"], result["family"]): run for run in runs for result in run.results}
+    for run in runs:
+        device = run.environment["device"]
+        kept = [result for result in run.results if last[device, result["family"]] is run]
+        if kept:
+            yield dataclasses.replace(run, results=kept)
+
+
+def full_report(runs: Sequence[Run]) -> str:
+    """Return the newest results of every device, and the kernels that wait for a GPU."""
+    sections = [run_report(run) for run in newest(runs)]
+    waiting = [[operator, backend, "not yet run on a GPU"] for operator, backend in never_on_gpu(runs)]
+    if waiting:
+        sections.append("\n".join(markdown(["operator", "kernels", "state"], waiting)))
+    return "\n\n".join(sections)
+
+
+def put_into(page: Path, report: str) -> None:
+    """Replace what stands between the two markers of a page.
+
+    Raises:
+        ValueError: the page does not have the markers.
+    """
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{page} must hold the lines {BEGIN!r} and {END!r}")
+    page.write_text(f"{before}{begin}\n{report}\n{end}{after}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that holds <device>/*.json")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help=f"write between {BEGIN} and {END} of this page")
+    options = parser.parse_args(arguments)
+    report = full_report(read_runs(options.results))
+    if options.into is None:
+        print(report)
+    else:
+        put_into(options.into, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
