@@ -77,6 +77,14 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
     return value
 
 
+def sqrt(x: Tensor) -> Tensor:
+    """Return the correctly rounded float32 square root, which torch.sqrt is not on every CPU (MKL's is an ulp off).
+
+    float64 has more than twice float32's digits, so that rounding its root again gives float32's own.
+    """
+    return x.to(torch.float64).sqrt().to(torch.float32)
+
+
 def radius(word: Tensor) -> Tensor:
     """Return sqrt(-2 ln u), float32, for u = ((word mod 2^31) | 1) / 2^31 rounded to float32."""
     scaled = ((word & 0x7FFFFFFF) | 1).to(torch.float32)  # u * 2^31
@@ -87,7 +95,7 @@ def radius(word: Tensor) -> Tensor:
     gap = 1.0 - mantissa
     log_mantissa = gap * _polynomial(LOG, gap)  # -2 ln m
     log_exponent = exponent * EXPONENT_SCALE  # -2 ln 2^e
-    return torch.sqrt(log_mantissa + log_exponent)
+    return sqrt(log_mantissa + log_exponent)
 
 
 def direction(word: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,8 +172,8 @@ def normal(
     if sharing == "shared":
         return base_noise().expand(batch, frames, elements).contiguous()
     assert base_weight is not None
-    common = base_weight.sqrt().unsqueeze(-1)
-    alone = (1.0 - base_weight).sqrt().unsqueeze(-1)
+    common = sqrt(base_weight).unsqueeze(-1)
+    alone = sqrt(1.0 - base_weight).unsqueeze(-1)
     if sharing == "mixed":
         return common * base_noise() + alone * own_noise()
     own = own_noise()
