@@ -151,7 +151,7 @@ def test_a_frame_rests_until_its_timestep_falls():
         return tau, hold
 
     spy = Spy()
-    sample(spy, SHAPE, LINEAR, KEY, sampler="ddpm", task=staircase, known=KNOWN, num_steps=5)
+    sample(spy, SHAPE, LINEAR, KEY, task=staircase, known=KNOWN, num_steps=5)
     xs = [x for x, _, _ in spy.calls]
     assert torch.equal(xs[0][:, 1], xs[1][:, 1])  # 999 and 749 are both 600
     assert not torch.equal(xs[0][:, 0], xs[1][:, 0])
