@@ -1,7 +1,7 @@
 """Fused operators that make video diffusion transformers train and sample faster."""
 
-from vidkern import ops
+from vidkern import diffusion, nn, ops, rng
 from vidkern._dispatch import BackendError, backend
 from vidkern.version import __version__
 
-__all__ = ["BackendError", "__version__", "backend", "ops"]
+__all__ = ["BackendError", "__version__", "backend", "diffusion", "nn", "ops", "rng"]
