@@ -1,7 +1,8 @@
 """What the causal convolution operators mean, in plain PyTorch.
 
-Padding is (time, height, width): time before the first frame only, space around. Each output frame is one call of
-conv3d on its own window of input frames, so that a frame's bits do not depend on how many frames come with it.
+Padding is (time, height, width): time before the first frame only, space around. Each output frame is one conv2d of
+its own window of kT input frames, side by side as channels, so that its bits do not depend on how many frames come
+with it (they do in a conv3d of the clip).
 """
 
 from collections.abc import Sequence
@@ -138,12 +139,10 @@ def causal_conv3d(
         return y
     kernel = weight.shape[2:]
     frames = pad(x, cache, kernel, dilation, time_pad, space_pad)
+    flat = weight.transpose(1, 2).flatten(1, 2)  # (Cout, kT * Cin, kH, kW)
     for j in range(y.shape[2]):
-        first = j * stride[0]
-        window = frames[:, :, first : first + extent(kernel[0], dilation[0]) + 1 : dilation[0]]
-        y[:, :, j : j + 1] = F.conv3d(
-            _channels_last(window), weight, bias, (1, *stride[1:]), dilation=(1, *dilation[1:])
-        )
+        window = torch.cat([frames[:, :, j * stride[0] + i * dilation[0]] for i in range(kernel[0])], 1)
+        y[:, :, j] = F.conv2d(window, flat, bias, stride[1:], dilation=dilation[1:])
     return y if residual is None else y.add_(residual)
 
 
