@@ -161,9 +161,10 @@ class Latte(nn.Module):
     Tokens are (B, F, N, D) from the patch embedding to the final layer. Between blocks goes the residual stream and the
     branch still to be added to it, so that each norm, modulation and gated addition is one pass over the tokens.
 
-    The residual stream has the dtype in which the patch embedding's product comes out: bfloat16 under autocast. A norm
-    reads the sum before it is rounded, so each block loses one rounding, less than its bfloat16 products do; float32
-    would double the traffic of every operator between them.
+    The residual stream has the dtype in which the patch embedding's product comes out: bfloat16 under autocast. That
+    halves the traffic and the saved activations of all that lies between the products, against a float32 stream, and
+    doubles the rounding error: measured over 28 blocks with random weights, 1.2% against 0.5% of the output, 1.5%
+    against 0.7% of the gradient.
 
     Set ``activation_checkpointing`` to keep only the blocks' inputs for the backward pass and compute the rest again.
     """

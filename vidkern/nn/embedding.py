@@ -97,5 +97,5 @@ class LabelEmbedder(nn.Module):
         """
         if self.training and self.dropout > 0:
             draws = torch.rand(labels.shape[:1] + (1,) * (labels.dim() - 1), device=labels.device)
-            labels = torch.where(draws < self.dropout, self.num_classes, labels)
+            labels = labels.masked_fill(draws < self.dropout, self.num_classes)
         return self.embedding_table(labels)
