@@ -1,6 +1,7 @@
 """What the operator tests share: the float64 contract, opcheck and gradcheck, compiling without recompilation."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -90,3 +91,14 @@ def _run(function: Callable[..., Any], args: Sequence[Any]) -> list[Tensor]:
         return outputs
     reaching = [output for output in outputs if output.requires_grad]
     return outputs + list(torch.autograd.grad(reaching, wanted, [torch.ones_like(output) for output in reaching]))
+
+
+@contextlib.contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Raise where the host waits for a CUDA device, a copy from the host included."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.common import KERNEL_DTYPES, assert_compiles_once, assert_contract
+from tests.ops.common import KERNEL_DTYPES, assert_compiles_once, assert_contract, no_synchronisation
 from vidkern import ops
 from vidkern.ops.noise.reference import noise_like
 
@@ -115,6 +115,10 @@ def plain_flow(x, out, t, t_prev, *, prediction="flow", guidance_scale=None, cli
     return result
 
 
+def correlation(a: Tensor, b: Tensor) -> float:
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
+
+
 def step_noise(x: Tensor, t: Tensor = T, sharing="independent") -> Tensor:
     return noise_like(x, KEY, sharing, None, 0, step=t)
 
@@ -189,21 +193,23 @@ def test_ddpm_is_adms_respaced_chain():
     """ADM builds a chain of its own over the kept steps; ours reads the base schedule at two indices."""
     x, out = step_inputs(torch.float64)
     kept = np.arange(0, NUM_STEPS, 4)
-    abar = SCHEDULE.alphas_cumprod.double().numpy()[kept]
+    abar = SCHEDULE.alphas_cumprod.double().cpu().numpy()[kept]
     betas = 1 - abar / np.concatenate([[1.0], abar[:-1]])
     abar = np.cumprod(1 - betas)
     abar_prev = np.concatenate([[1.0], abar[:-1]])
     posterior = betas * (1 - abar_prev) / (1 - abar)
     log_clipped = np.log(np.concatenate([posterior[1:2], posterior[1:]]))
+    root_x, root_epsilon = np.sqrt(1 / abar), np.sqrt(1 / abar - 1)
+    mean_x0 = betas * np.sqrt(abar_prev) / (1 - abar)
+    mean_x = (1 - abar_prev) * np.sqrt(1 - betas) / (1 - abar)
     for i in (249, 100, 1, 0):
         t = torch.full((2, 3), int(kept[i]))
         t_prev = torch.full((2, 3), int(kept[i - 1]) if i else -1)
         epsilon, values = out.chunk(2, 2)
-        x0 = np.sqrt(1 / abar[i]) * x - np.sqrt(1 / abar[i] - 1) * epsilon
-        mean = betas[i] * np.sqrt(abar_prev[i]) / (1 - abar[i]) * x0
-        mean = mean + (1 - abar_prev[i]) * np.sqrt(1 - betas[i]) / (1 - abar[i]) * x
+        x0 = x * root_x[i] - epsilon * root_epsilon[i]
+        mean = x0 * mean_x0[i] + x * mean_x[i]
         fraction = (values + 1) / 2
-        log_variance = fraction * np.log(betas[i]) + (1 - fraction) * log_clipped[i]
+        log_variance = fraction * math.log(betas[i]) + (1 - fraction) * log_clipped[i]
         wanted = mean + (i != 0) * (0.5 * log_variance).exp() * step_noise(x, t).double()
         ours = ops.ddpm_step(x, out, t, t_prev, SCHEDULE, key=KEY)
         torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
@@ -282,8 +288,8 @@ def test_ddpm_and_ddim_with_eta_1_have_the_same_distribution():
 
 
 STEPS = {
-    "ddim": lambda *args, **options: ops.ddim_step(*args, SCHEDULE, eta=0.8, key=KEY, **options),
-    "ddpm": lambda *args, **options: ops.ddpm_step(*args, SCHEDULE, key=KEY, **options),
+    "ddim": lambda *args, key=KEY, **options: ops.ddim_step(*args, SCHEDULE, eta=0.8, key=key, **options),
+    "ddpm": lambda *args, key=KEY, **options: ops.ddpm_step(*args, SCHEDULE, key=key, **options),
     "flow": lambda *args, **options: ops.flow_step(*args, SCHEDULE, **options),
 }
 every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
@@ -338,13 +344,13 @@ def test_one_key_gives_every_timestep_its_own_noise(step):
         return step(torch.zeros_like(x), still, steps, steps - 20, **options)
 
     first, second = drawn(500), drawn(480)
-    assert abs(np.corrcoef(first.flatten(), second.flatten())[0, 1]) < 0.2
+    assert abs(correlation(first, second)) < 0.2
     shared = drawn(500, sharing="shared")
     assert torch.equal(shared, shared[:, :1].expand_as(shared))
     assert not torch.equal(first[:, 0], first[:, 1])
     # a step's noise is not the noise that the run started from
     start = ops.philox_normal(SHAPE, KEY)
-    assert abs(np.corrcoef(first.flatten(), start.flatten())[0, 1]) < 0.2
+    assert abs(correlation(first, start)) < 0.2
 
 
 @every_drawing_step
@@ -387,6 +393,16 @@ def test_empty_clips(step, shape):
     x, out = step_inputs(shape=shape)
     t = torch.full(shape[:2], 500)
     assert step(x, out, t, t - 20).shape == shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@every_drawing_step
+def test_a_step_does_not_synchronise(step, monkeypatch):
+    x, out = (tensor.cuda() for tensor in step_inputs(guidance_scale=2.0))
+    monkeypatch.setattr(SCHEDULE, "alphas_cumprod", SCHEDULE.alphas_cumprod.cuda())
+    t, t_prev, key = T.cuda(), T_PREV.cuda(), KEY.cuda()
+    with no_synchronisation():
+        step(x, out, t, t_prev, hold=t > 900, guidance_scale=2.0, sharing="shared", key=key)
 
 
 # ---- registration
@@ -440,7 +456,7 @@ BAD = {
     "t shape": ({"t": torch.tensor([1, 2])}, ValueError, r"t must be \(B, F\) = \(2, 3\), got \(2,\)"),
     "t dtype": ({"t": T.float()}, TypeError, "t must be int64, got float32"),
     "t_prev dtype": ({"t_prev": T.int()}, TypeError, "t_prev must be int64, got int32"),
-    "t device": ({"t": T.to("meta")}, ValueError, r"t must be on the device of x_t \(cpu\), got meta"),
+    "t device": ({"t": T.to("meta")}, ValueError, r"t must be on the device of x_t \(.*\), got meta"),
     "hold dtype": ({"hold": T}, TypeError, "hold must be bool, got int64"),
     "hold shape": ({"hold": T[:, :2] > 0}, ValueError, r"hold must be \(B, F\)"),
     "clip": ({"clip_x0": -1.0}, ValueError, "clip_x0 must be None or a positive number, got -1.0"),

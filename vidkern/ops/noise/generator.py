@@ -158,7 +158,9 @@ def normal(
         return torch.empty((batch, frames, elements), dtype=torch.float32, device=key.device)
 
     def draw(frames_drawn: int, stream: int, timestep: Tensor | None) -> Tensor:
-        word = stream if timestep is None else stream | ((timestep & STEP_MASK) << STREAM_BITS).unsqueeze(-1)
+        word = torch.full((1, 1, 1), stream, device=key.device)
+        if timestep is not None:
+            word = word | ((timestep & STEP_MASK) << STREAM_BITS).unsqueeze(-1)
         return _stream(key, batch, frames_drawn, elements, sample_offset, word)
 
     def own_noise() -> Tensor:
