@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -306,6 +307,7 @@ def _run_tyro(cls: type[T], argv: Sequence[str], **options: Any) -> T:
 
 
 def _first_sentence(box: str) -> str:
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
-    end = lines.index("") if "" in lines else len(lines)
-    return " ".join(lines[:end]) or "bad options"
+    """The message of tyro's error box: from below its title to the next empty or ruled line."""
+    lines = [line.strip("│ ") for line in box.strip().splitlines()[1:]]
+    words = itertools.dropwhile(lambda line: not line.strip("-─"), lines)
+    return " ".join(itertools.takewhile(lambda line: line.strip("-─"), words)) or "bad options"

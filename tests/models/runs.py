@@ -131,13 +131,12 @@ def run_world(size: int, argv: Sequence[str], log: Path) -> list[Child]:
     ]
 
 
-def _run(
-    argv: list[str], log: str, kill: tuple[str, int] | None, file_limit: int | None, env: dict[str, str]
-) -> None:
+def _run(argv: list[str], log: str, kill: tuple[str, int] | None, file_limit: int | None, env: dict[str, str]) -> None:
     os.environ.update(env)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of loading workers, which then end with the run
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
         if kill is not None:
