@@ -310,4 +310,5 @@ def _first_sentence(box: str) -> str:
     """The message of tyro's error box: from below its title to the next empty or ruled line."""
     lines = [line.strip("│ ") for line in box.strip().splitlines()[1:]]
     words = itertools.dropwhile(lambda line: not line.strip("-─"), lines)
-    return " ".join(itertools.takewhile(lambda line: line.strip("-─"), words)) or "bad options"
+    sentence = " ".join(itertools.takewhile(lambda line: line.strip("-─"), words))
+    return sentence.replace(" .", ".") or "bad options"  # the box may break before the full stop

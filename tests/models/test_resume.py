@@ -80,7 +80,7 @@ def test_killed_at_random_moments_with_a_loading_worker(uninterrupted: Path, tmp
 
 
 def test_a_full_disk_costs_a_line_and_nothing_else(uninterrupted: Path, tmp_path: Path) -> None:
-    first = Child(options(tmp_path, **WHOLE) + ["--steps", "6"], tmp_path / "log")
+    first = Child([*options(tmp_path, **WHOLE), "--steps", "6"], tmp_path / "log")
     assert first.wait() == 0
     before = checkpointing.paths(tmp_path / "checkpoints")
     contents = [path.read_bytes() for path in before]
@@ -100,7 +100,7 @@ def test_a_full_disk_costs_a_line_and_nothing_else(uninterrupted: Path, tmp_path
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(uninterrupted: Path, tmp_path: Path) -> None:
-    assert Child(options(tmp_path, **WHOLE) + ["--steps", "6"], tmp_path / "log").wait() == 0
+    assert Child([*options(tmp_path, **WHOLE), "--steps", "6"], tmp_path / "log").wait() == 0
     damaged = tmp_path / "checkpoints" / "step_00000006.pt"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     again = Child(options(tmp_path, **WHOLE), tmp_path / "log")
