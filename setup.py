@@ -19,7 +19,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD = ROOT / "build" / "kernels"
+
 
 CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -Wall -Wextra -Wno-psabi"
 CUDA_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills --threads 2"
@@ -99,18 +99,19 @@ class BuildKernels(build_ext):
         if cxx is None:
             print("vidkern: no C++ compiler found, so no compiled kernels; Triton and PyTorch remain", file=sys.stderr)
             return
-        BUILD.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).resolve() / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
         graph = ninja_file(cxx, find_nvcc())
-        ninja = BUILD / "build.ninja"
+        ninja = folder / "build.ninja"
         if not ninja.exists() or ninja.read_text() != graph:
             ninja.write_text(graph)
-        command = [sys.executable, "-m", "ninja", "-C", str(BUILD)]
+        command = [sys.executable, "-m", "ninja", "-C", str(folder)]
         print(shlex.join(command))
         subprocess.run(command, check=True)
         for library in self._outputs():
             library.parent.mkdir(parents=True, exist_ok=True)
             fresh = library.with_suffix(".new")
-            shutil.copy2(BUILD / library.name, fresh)
+            shutil.copy2(folder / library.name, fresh)
             fresh.replace(library)  # a process that has the old library mapped keeps it
 
     def _outputs(self) -> list[Path]:

@@ -1,7 +1,7 @@
 """The modulation operators in Triton: a program takes a run of one frame's tokens, a few at a time.
 
-A row is a tuple of pieces of one power-of-two width W (1152 = 9 * 128), so that all have one layout and nothing is padded
-to 2048. Batch, frames and tokens are run-time values, so a change of them compiles nothing.
+A row is a tuple of pieces of one power-of-two width W (1152 = 9 * 128), so that all have one layout and nothing is
+padded to 2048. Batch, frames and tokens are run-time values, so a change of them compiles nothing.
 """
 
 import torch
