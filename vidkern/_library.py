@@ -64,20 +64,21 @@ def differentiate(
 
     class Gradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+        def forward(ctx: Any, *inputs_and_keyset: Any) -> Any:
+            *inputs, keyset = inputs_and_keyset
             output = operator.redispatch(keyset & _BELOW_AUTOGRAD, *inputs)
             ctx.set_materialize_grads(False)
-            save(ctx, inputs, output)
+            save(ctx, tuple(inputs), output)
             return output
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
-            return (None, *backward(ctx, *grads))
+            return (*backward(ctx, *grads), None)
 
     def autograd(keyset: Any, *inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs):
-            return Gradient.apply(keyset, *inputs)
+            return Gradient.apply(*inputs, keyset)
         return operator.redispatch(keyset & _BELOW_AUTOGRAD, *inputs)
 
     _LIBRARY.impl(operator._schema.name, autograd, "Autograd", with_keyset=True)
