@@ -87,13 +87,12 @@ def serving_backends(operator: str, backward: bool, device: torch.device) -> lis
     return [b for b in order if all(d.why_not(b, device.type) is None for d in dispatchers)] or ["reference"]
 
 
-def variants_of(problem: Problem, device: torch.device) -> dict[str, Variant]:
+def variants_of(problem: Problem, device: torch.device, compiled: bool = True) -> dict[str, Variant]:
     """Return every variant by name: eager, compile, the libraries, and ours on each backend that can serve."""
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
-    variants = {
-        "eager": Variant(problem.plain),
-        "compile": Variant(torch.compile(problem.plain, dynamic=False, mode=mode)),
-    }
+    variants = {"eager": Variant(problem.plain)}
+    if compiled:
+        mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
+        variants["compile"] = Variant(torch.compile(problem.plain, dynamic=False, mode=mode))
     variants |= {name: Variant(function) for name, function in problem.libraries.items()}
     for backend in serving_backends(problem.operator, problem.backward, device):
         variants[f"ours:{backend}"] = Variant(problem.ours, backend)
@@ -105,11 +104,11 @@ def measure(
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Check and time a problem's variants; return the result as it goes into the run's JSON, and every sample.
 
-    With ``overhead``, what is timed is what a call costs the host, over runs of calls.
+    With ``overhead``, what is timed is what a call costs the host, over runs of calls, beside eager PyTorch alone.
     """
     torch._dynamo.reset()
     sets = make_buffers(problem, device)
-    variants = variants_of(problem, device)
+    variants = variants_of(problem, device, compiled=not overhead)
     checked = check(problem, variants, sets[0])
     timed = {
         name: Timed([_call(problem, variant.function, buffers) for buffers in sets], variant.backend)

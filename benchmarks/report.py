@@ -51,7 +51,7 @@ def _row(result: dict[str, Any], ceilings: dict[str, Any]) -> list[str]:
     row.append(f"{found['gigabytes_per_second']:.1f}" if "gigabytes_per_second" in found else "")
     row.append(f"{found['percent_of_copy']:.0f}" if "percent_of_copy" in found else "")
     times = {name: _times(name, result, found) for name in result["variants"] if name != ours}
-    row += [times.pop(name) for name in BASELINES]
+    row += [times.pop(name, "") for name in BASELINES]
     return [*row, ", ".join(f"{name.removeprefix('ours:')} {value}" for name, value in times.items())]
 
 

@@ -90,7 +90,6 @@ def interleaved(variants: Mapping[str, Timed], clock: Clock, rounds: int) -> dic
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     try:
         yield

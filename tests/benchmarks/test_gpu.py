@@ -1,0 +1,153 @@
+"""`make gpu` without a GPU: its parts, that it goes on past one that fails, its record, and what it says here."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, sanitize
+from benchmarks.gpu import Part, parts_of, run_parts, summary, write_record
+from benchmarks.harness import Problem
+from benchmarks.results import JSON_VARIABLE, Run
+from benchmarks.suites import SUITES
+from tests.benchmarks.problems import CEILINGS, CPU, environment_of, problem_of, result_of
+from vidkern import _library, ops
+
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+
+
+def python(name: str, code: str, limit: float = 30, **environment: str) -> Part:
+    return Part(name, [sys.executable, "-c", code], limit, environment)
+
+
+def test_parts_that_fail_are_told_and_the_next_ones_run(tmp_path, capsys):
+    parts = [
+        python("good", "import os; print('value', os.environ['SOME'])", SOME="thing"),
+        python("bad", "print('line one'); raise SystemExit(3)"),
+        python("slow", "import time; print('begun', flush=True); time.sleep(60)", limit=1),
+        Part("absent", None, 5, missing="no such tool here"),
+        Part("unknown", [str(tmp_path / "nothing")], 5),
+        python("last", "print('the end')"),
+    ]
+    records = {record["name"]: record for record in run_parts(parts, tmp_path, total_seconds=60)}
+    statuses = {name: record["status"] for name, record in records.items()}
+    assert statuses == {
+        "good": "passed",
+        "bad": "failed",
+        "slow": "timed out",
+        "absent": "missing",
+        "unknown": "failed",
+        "last": "passed",
+    }
+    assert records["good"]["tail"] == ["value thing"]
+    assert (records["bad"]["returncode"], records["bad"]["tail"]) == (3, ["line one"])
+    assert 1 <= records["slow"]["seconds"] < 20
+    assert records["slow"]["tail"] == ["begun"]
+    told = capsys.readouterr().out
+    assert "bad: failed" in told
+    assert "    line one" in told
+    assert "    no such tool here" in told
+
+
+def test_a_part_that_is_out_of_time_ends_with_its_children(tmp_path):
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    (record,) = run_parts([python("parent", code, limit=2)], tmp_path, total_seconds=60)
+    child = int(record["tail"][0])
+    for _ in range(50):
+        status = Path(f"/proc/{child}/stat")
+        if not status.exists() or status.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {child} is still running")
+
+
+def test_no_part_begins_when_the_total_is_spent(tmp_path):
+    records = run_parts([python("first", "pass"), python("second", "pass")], tmp_path, total_seconds=0)
+    assert [record["status"] for record in records] == ["no time left"] * 2
+
+
+def test_the_parts_are_added_to_the_run_that_the_benchmarks_wrote(tmp_path):
+    parts = [{"name": "tests", "status": "failed", "seconds": 2.0, "tail": ["1 failed"], "returncode": 1}]
+    path = tmp_path / "run.json"
+    Run(path, environment_of(), CEILINGS).add(result_of())
+    run = write_record(path, CPU, parts)
+    assert run.results == [result_of()]
+    assert json.loads(path.read_text())["parts"] == parts
+    lines = summary(run).splitlines()
+    assert any("gate_residual" in line for line in lines)
+    assert [cell.strip() for cell in lines[-3].strip("|").split("|")] == ["tests", "failed", "2 s", "1 failed"]
+
+
+def test_a_record_is_written_even_when_no_benchmark_ran(tmp_path):
+    run = write_record(tmp_path / "run.json", CPU, [])
+    assert set(json.loads(run.path.read_text())) == {"environment", "ceilings", "results", "parts"}
+    assert "written to" in summary(run)
+
+
+def test_a_prebuilt_library_is_not_built_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "PREBUILT", tmp_path / "_C_cuda.so")
+    names = [part.name for part in parts_of(SUITES, tmp_path / "run.json")]
+    assert names == ["build", "doctor", "tests", "memcheck", "racecheck", "benchmarks"]
+    gpu.PREBUILT.touch()
+    assert [part.name for part in parts_of(SUITES, tmp_path / "run.json")] == names[1:]
+
+
+def test_a_suite_narrows_every_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/cuda/bin/compute-sanitizer")
+    parts = {part.name: part for part in parts_of(["modulation"], tmp_path / "run.json")}
+    assert parts["benchmarks"].command[-1] == "benchmarks/test_modulation.py"
+    assert parts["benchmarks"].environment == {JSON_VARIABLE: str(tmp_path / "run.json")}
+    assert parts["memcheck"].command[-1] == "--suite=modulation"
+    assert parts["memcheck"].command[:3] == ["/cuda/bin/compute-sanitizer", "--tool", "memcheck"]
+    assert sum(part.limit_seconds for part in parts.values() if part.name != "benchmarks") < gpu.TOTAL_SECONDS
+
+
+def test_a_missing_sanitizer_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda: None)
+    (record,) = run_parts([gpu.sanitizer_part("racecheck", SUITES)], tmp_path, 60)
+    assert (record["status"], record["tail"]) == ("missing", ["compute-sanitizer is neither on PATH nor in CUDA_HOME"])
+
+
+@needs_no_cuda
+@pytest.mark.parametrize(("main", "arguments"), [(gpu.main, ["--out", "nowhere"]), (sanitize.main, [])])
+def test_without_a_gpu_there_is_one_line_and_status_2(main, arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert "needs a CUDA GPU" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_suite_is_refused(capsys):
+    with pytest.raises(SystemExit) as refused:
+        gpu.main(["--out", "nowhere", "--suite", "nothing"])
+    assert refused.value.code == 2
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
+def test_every_family_has_a_small_case_of_every_operator():
+    small = sanitize.small_cases(SUITES)
+    assert all(isinstance(problem, Problem) and problem.backward for problem in small)
+    covered = {problem.operator for problem in small}
+    modulation = {"layer_norm_modulate", "rms_norm_modulate", "gate_residual"}
+    assert modulation | {"gate_residual_modulate", "gate_residual_rms_modulate"} <= covered <= set(_library.operators)
+
+
+def test_a_small_case_is_judged_and_says_which_backend_is_absent():
+    assert sanitize.run_case(problem_of(ops.gate_residual, True), CPU, "reference") in (
+        "right",
+        "not served by reference",
+    )
+    assert sanitize.run_case(problem_of(ops.gate_residual, True), CPU, "cuda") == "not served by cuda"
+    backend = sanitize.serving_backends("gate_residual", True, CPU)[0]
+    assert sanitize.run_case(problem_of(ops.gate_residual, True), CPU, backend) == "right"
+    assert sanitize.run_case(problem_of(lambda x, y, gate: x, True), CPU, backend).startswith("wrong")
