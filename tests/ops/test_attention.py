@@ -507,7 +507,7 @@ BAD = [
         ((Q, K, V.to("meta")),),
         {},
         ValueError,
-        "v must be on the device of q (cpu)",
+        f"v must be on the device of q ({Q.device})",
     ),
     ("q as a number", ops.spatial_attention, ((1, K, V),), {}, TypeError, "q must be a torch.Tensor, got int"),
     ("d not innermost", ops.spatial_attention, (QKV.mT.contiguous().mT,), {}, ValueError, "qkv must have unit stride"),

@@ -338,7 +338,13 @@ BAD = [
     ),
     ("no output channels", (X, W[:0]), {}, ValueError, "got (0, 3, 3, 3, 3)"),
     ("weight of another dtype", (X, W.double()), {}, TypeError, "weight must be float32, got float64"),
-    ("weight elsewhere", (X, W.to("meta")), {}, ValueError, "weight must be on the device of x (cpu), got meta"),
+    (
+        "weight elsewhere",
+        (X, W.to("meta")),
+        {},
+        ValueError,
+        f"weight must be on the device of x ({X.device}), got meta",
+    ),
     ("bias of another length", (X, W, torch.randn(3)), {}, ValueError, "bias must be (Cout,) = (4,), got (3,)"),
     ("stride 3", (X, W), {"stride": 3}, ValueError, "stride must be 1 or 2 along each axis, got 3"),
     (
