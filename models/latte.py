@@ -37,7 +37,8 @@ class LatteConfig:
         patch_size: height and width of a patch.
         in_channels: C of the input; the output has 2C with ``learn_sigma``.
         hidden_size: D, a multiple of 8.
-        depth: number of blocks, even for variants 1 and 2.
+        depth: number of blocks, even for variants 1 and 2. A block of variant 3 has two attentions: 23 of them at XL's
+            width have as many parameters (676M) as 28 of the others (674M).
         num_heads: H, a divisor of D, even for variant 4.
         mlp_ratio: the MLP's inner width over D.
         num_frames: frames of the training clips. Other counts work too: positions are computed for them.
@@ -71,44 +72,34 @@ class LatteConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
-        _require(self.variant in (1, 2, 3, 4), "variant", "1, 2, 3 or 4", self.variant)
-        _require(
-            self.patch_embedding in ("uniform", "tubelet"),
-            "patch_embedding",
-            "uniform or tubelet",
-            self.patch_embedding,
+        patch, heads = max(self.patch_size, 1), max(self.num_heads, 1)
+        whole_patches = all(size > 0 and size % patch == 0 for size in self.frame_size)
+        whole_tubelets = self.num_frames > 0 and self.num_frames % self.patch_frames == 0
+        paired = self.depth > 0 and (self.variant > 2 or self.depth % 2 == 0)
+        divided = self.num_heads > 0 and self.hidden_size % heads == 0
+        rules = (
+            ("variant", self.variant in (1, 2, 3, 4), "1, 2, 3 or 4"),
+            ("patch_embedding", self.patch_embedding in ("uniform", "tubelet"), "uniform or tubelet"),
+            ("temporal_position", self.temporal_position in ("absolute", "rope"), "absolute or rope"),
+            ("patch_size", self.patch_size > 0, "positive"),
+            ("input_size", whole_patches, f"a multiple of the patch's {patch}"),
+            ("num_frames", whole_tubelets, f"a multiple of the patch's {self.patch_frames}"),
+            ("depth", paired, "positive, and even in variants 1 and 2"),
+            ("num_heads", divided, f"a divisor of hidden_size = {self.hidden_size}"),
+            ("text_size", self.num_classes is None or self.text_size is None, "None where num_classes is given"),
+            ("class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)"),
         )
-        _require(
-            self.temporal_position in ("absolute", "rope"),
-            "temporal_position",
-            "absolute or rope",
-            self.temporal_position,
-        )
-        _require(self.variant > 2 or self.depth % 2 == 0, "depth", "even in variants 1 and 2", self.depth)
-        _require(
-            self.num_heads > 0 and self.hidden_size % self.num_heads == 0,
-            "num_heads",
-            f"a divisor of hidden_size = {self.hidden_size}",
-            self.num_heads,
-        )
-        _require(
-            self.num_classes is None or self.text_size is None,
-            "text_size",
-            "None where num_classes is given",
-            self.text_size,
-        )
-        _require(0 <= self.class_dropout < 1, "class_dropout", "in [0, 1)", self.class_dropout)
-        for name, size, patch in (
-            ("input_size", self.frame_size[0], self.patch_size),
-            ("input_size", self.frame_size[1], self.patch_size),
-            ("num_frames", self.num_frames, self.patch_frames),
-        ):
-            _require(size > 0 and size % patch == 0, name, f"a multiple of the patch's {patch}", getattr(self, name))
+        for name, holds, wanted in rules:
+            if not holds:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
 
     @property
     def frame_size(self) -> tuple[int, int]:
         """(height, width) of a frame."""
-        return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
+        if isinstance(self.input_size, int):
+            return self.input_size, self.input_size
+        height, width = self.input_size
+        return height, width
 
     @property
     def patch_frames(self) -> int:
@@ -347,8 +338,3 @@ def _check_condition(name: str, value: Tensor | None, wanted: tuple[int, ...] | 
     got = None if value is None else tuple(value.shape)
     if got != wanted:
         raise ValueError(f"{name} must be {'None' if wanted is None else f'of shape {wanted}'}, got {got}")
-
-
-def _require(holds: bool, name: str, wanted: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {wanted}, got {got!r}")

@@ -303,7 +303,7 @@ def test_images_want_the_uniform_embedding():
     ("options", "message"),
     [
         ({"variant": 5}, "variant must be 1, 2, 3 or 4, got 5"),
-        ({"depth": 3}, "depth must be even"),
+        ({"depth": 3}, "depth must be positive, and even in variants 1 and 2, got 3"),
         ({"num_heads": 3}, "num_heads must be a divisor of hidden_size = 64, got 3"),
         ({"variant": 4, "num_heads": 1}, "num_heads must be even"),
         ({"patch_embedding": "cube"}, "patch_embedding must be uniform or tubelet, got 'cube'"),
