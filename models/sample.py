@@ -57,12 +57,12 @@ class SampleConfig:
     """A video file that has the given frames at their places; two for a transition."""
     given: tuple[int, ...] = ()
     """Numbers of the given frames, from 0, for given-frames."""
-    overlap: int = 8
-    """Frames that each window of a long video takes from the one before."""
+    overlap: int = 0
+    """Frames that each window of a long video takes from the one before; 0: half of a window."""
     chunks: int = 15
     """Windows of a long video; 15 of 16 frames with 8 in common are 128 frames."""
-    ends: int = 4
-    """Frames that a transition is given at each end."""
+    ends: int = 0
+    """Frames that a transition is given at each end; 0: a quarter of a window."""
     num_clips: int = 4
     """Clips to draw."""
     batch_size: int = 4
@@ -145,14 +145,28 @@ def given_clip(
     return known
 
 
-def check_counts(options: SampleConfig, config: TrainConfig) -> None:
-    """Raise UsageError for a number that is too small or too large."""
-    limits = {"steps": config.diffusion.num_steps, "overlap": config.model.num_frames - 1}
+def completed(options: SampleConfig, config: TrainConfig) -> SampleConfig:
+    """The options with the numbers that follow from the network filled in.
+
+    Raises UsageError for a number that does not fit.
+    """
+    frames = config.model.num_frames
+    options = dataclasses.replace(
+        options,
+        overlap=options.overlap or max(frames // 2, 1),
+        ends=options.ends or max(frames // 4, 1),
+    )
+    limits = {"steps": config.diffusion.num_steps}
+    if options.task == "long-video":
+        limits["overlap"] = frames - 1
+    if options.task == "transition":
+        limits["ends"] = (frames - 1) // 2
     for name in ("num_clips", "batch_size", "steps", "chunks", "overlap", "ends", "fps", "zoom"):
         value, most = getattr(options, name), limits.get(name)
         if value < 1 or (most is not None and value > most):
             wanted = "at least 1" if most is None else f"from 1 to {most}"
             raise UsageError(f"--{name} wants {wanted}, got {value}")
+    return options
 
 
 def labels_of(options: SampleConfig, config: LatteConfig) -> Tensor | None:
@@ -193,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(SampleConfig, sys.argv[1:] if argv is None else argv, f"python -m {PROG}")
         device = pick_device(options.device)
         network, config = load_network(options.checkpoint, options.weights, options.config)
-        check_counts(options, config)
+        options = completed(options, config)
         codec = make_codec(config, options.vae, device)
         labels = labels_of(options, config.model)
         task = task_pattern(options)

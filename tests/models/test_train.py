@@ -284,15 +284,7 @@ def test_mistakes_are_one_line(
 def test_more_processes_than_cores_work_and_are_warned_of(tmp_path: Path) -> None:
     """The documented command itself, held to one core."""
 
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        "-m",
-        "models.train",
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     core = min(os.sched_getaffinity(0))
     done = subprocess.run(
         [*launcher, "-m", "models.train", *options(tmp_path, steps=2)],
