@@ -10,7 +10,8 @@ from typing import Any
 from benchmarks.results import RESULTS, Run, figures, read_runs
 from vidkern import _library
 
-COLUMNS = ["operator", "shape", "dtype", "pass", "by", "time", "GB/s", "% of copy", "eager", "compile", "others"]
+NAMES = ["operator", "shape", "dtype", "pass", "by"]
+FIGURES = ["time", "GB/s", "% of copy", "memory", "energy"]
 BASELINES = ("eager", "compile")
 GPU_BACKENDS = ("triton", "cuda")
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -38,21 +39,32 @@ def conditions(run: Run) -> str:
 
 def result_table(run: Run) -> list[str]:
     """Return the table: ours, and in the last columns how many times as long the others take."""
-    return markdown(COLUMNS, [_row(result, run.ceilings) for result in run.results])
+    header = [*NAMES, *FIGURES, *BASELINES, "others"]
+    rows = [_row(result, run.ceilings) for result in run.results]
+    told = [i for i in range(len(header)) if i < len(NAMES) or any(row[i] for row in rows)]
+    return markdown([header[i] for i in told], [[row[i] for i in told] for row in rows])
 
 
 def _row(result: dict[str, Any], ceilings: dict[str, Any]) -> list[str]:
     ours = result["ours"]
-    row = [result["operator"], result["shape_name"], result["dtype"], result["passes"], ours.removeprefix("ours:")]
+    names = [result["operator"], result["shape_name"], result["dtype"], result["passes"], ours.removeprefix("ours:")]
     found = figures(result, ceilings)
     if not found:
-        return [*row, "wrong result"]
-    row.append(_time(found["seconds"]))
-    row.append(f"{found['gigabytes_per_second']:.1f}" if "gigabytes_per_second" in found else "")
-    row.append(f"{found['percent_of_copy']:.0f}" if "percent_of_copy" in found else "")
+        return [*names, "wrong result", *[""] * (len(FIGURES) + len(BASELINES))]
+    cells = [
+        _time(found["seconds"]),
+        _number("{:.1f}", found.get("gigabytes_per_second")),
+        _number("{:.0f}", found.get("percent_of_copy")),
+        _number("{:.1f} MiB", result["variants"][ours].get("peak_bytes"), 2**-20),
+        _number("{:.2f} mJ", result["variants"][ours].get("joules"), 1e3),
+    ]
     times = {name: _times(name, result, found) for name in result["variants"] if name != ours}
-    row += [times.pop(name, "") for name in BASELINES]
-    return [*row, ", ".join(f"{name.removeprefix('ours:')} {value}" for name, value in times.items())]
+    cells += [times.pop(name, "") for name in BASELINES]
+    return [*names, *cells, ", ".join(f"{name.removeprefix('ours:')} {value}" for name, value in times.items())]
+
+
+def _number(form: str, value: float | None, unit: float = 1) -> str:
+    return "" if value is None else form.format(value * unit)
 
 
 def _times(variant: str, result: dict[str, Any], found: dict[str, float]) -> str:
@@ -67,10 +79,12 @@ def _time(seconds: float) -> str:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a table padded so that it reads well as plain text too."""
-    filled = [list(header), *([*row, *[""] * (len(header) - len(row))] for row in rows)]
-    widths = [max(len(row[i]) for row in filled) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in filled]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
 
 
 def never_on_gpu(runs: Iterable[Run]) -> list[tuple[str, str]]:

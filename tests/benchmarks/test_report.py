@@ -55,6 +55,15 @@ def test_the_table_shows_time_bandwidth_and_ratios_with_the_failures_kept():
     assert "copy 4000.0 GB/s, 8192^3 bfloat16 product 800.00 TFLOP/s" in run_report(run)
 
 
+def test_memory_and_energy_are_shown_where_they_were_measured():
+    variants = result_of()["variants"]
+    variants["ours:cuda"] |= {"peak_bytes": 3 * 2**19, "joules": 0.0125}
+    header, _, row = result_table(Run(None, environment_of(), CEILINGS, [result_of(variants=variants)]))
+    cells = dict(zip(*([cell.strip() for cell in line.strip("|").split("|")] for line in (header, row)), strict=True))
+    assert (cells["memory"], cells["energy"]) == ("1.5 MiB", "12.50 mJ")
+    assert "memory" not in result_table(Run(None, environment_of(), CEILINGS, [result_of()]))[0]
+
+
 def test_a_kernel_counts_as_run_only_when_a_gpu_gave_the_right_gradient():
     waiting = ("gate_residual", "cuda")
     on_gpu = Run(None, environment_of(), CEILINGS, [result_of()])
