@@ -263,7 +263,9 @@ class Latte(nn.Module):
             if i == self._first_in_time and in_time and self.config.temporal_position == "absolute":
                 tokens = tokens + self._time_positions(tokens.shape[1]).to(tokens.dtype)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                tokens, branch = checkpoint(block, tokens, condition, branch, rope, use_reentrant=False)
+                tokens, branch = checkpoint(
+                    block, tokens, condition, branch, rope, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 tokens, branch = block(tokens, condition, branch, rope)
         patches = self.final_layer(tokens, last_condition, branch)

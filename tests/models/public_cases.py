@@ -52,13 +52,18 @@ CASES = {
 }
 
 
+def normal(shape: Iterable[int], generator: torch.Generator) -> Tensor:
+    """Draw on the CPU, so that every device gets the same numbers."""
+    return torch.randn(tuple(shape), generator=generator, device="cpu")
+
+
 def fill(parameters: Iterable[tuple[str, nn.Parameter]], seed: int) -> None:
     """Give trainable parameters random values that depend on the seed and their names' order only."""
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in sorted(parameters, key=lambda named: named[0]):
         if parameter.requires_grad:
             scale = 0.5 / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 0.1
-            parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
+            parameter.data.copy_(scale * normal(parameter.shape, generator))
 
 
 def inputs(case: Case) -> dict[str, Tensor]:
@@ -66,31 +71,35 @@ def inputs(case: Case) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1000 + case.seed)
     images = IMAGES if case.call == "joint" else 0
     t_shape = (BATCH, FRAMES) if case.network == "fvdm" else (BATCH,)
+
+    def integers(low: int, high: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator, device="cpu")
+
     tensors = {
-        "x": torch.randn(BATCH, FRAMES + images, CHANNELS, SIZE, SIZE, generator=generator),
-        "t": torch.randint(1, 1000, t_shape, generator=generator),
+        "x": normal((BATCH, FRAMES + images, CHANNELS, SIZE, SIZE), generator),
+        "t": integers(1, 1000, t_shape),
     }
     if case.condition == "class":
-        tensors["y"] = torch.randint(0, CLASSES, (BATCH,), generator=generator)
+        tensors["y"] = integers(0, CLASSES, (BATCH,))
     if case.call == "cfg":
         tensors["y"][BATCH // 2 :] = CLASSES
     if case.condition == "text":
-        tensors["text"] = torch.randn(BATCH, *TEXT_SHAPE, generator=generator)
+        tensors["text"] = normal((BATCH, *TEXT_SHAPE), generator)
     if case.call == "joint":
-        tensors["image_labels"] = torch.randint(0, CLASSES, (BATCH, IMAGES), generator=generator)
+        tensors["image_labels"] = integers(0, CLASSES, (BATCH, IMAGES))
     if case.call == "loss":
         tensors["key"] = torch.tensor([case.seed, 0])
-    return tensors
+    return {name: tensor.to(torch.get_default_device()) for name, tensor in tensors.items()}
 
 
 def results(output: Tensor, gradients: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Return what is recorded: the output, and of each gradient its norm and its product with a random direction."""
     generator = torch.Generator().manual_seed(2000 + seed)
-    ordered = [gradients[name].double() for name in sorted(gradients)]
-    directions = [torch.randn(gradient.shape, generator=generator, dtype=torch.float64) for gradient in ordered]
+    ordered = [gradients[name].double().cpu() for name in sorted(gradients)]
+    directions = [normal(gradient.shape, generator).double() for gradient in ordered]
     pairs = zip(ordered, directions, strict=True)
     return {
-        "output": output.detach(),
+        "output": output.detach().cpu(),
         "gradient_norms": torch.stack([gradient.norm() for gradient in ordered]),
         "gradient_products": torch.stack([(gradient * direction).sum() for gradient, direction in pairs]),
     }
@@ -104,7 +113,7 @@ def run(
     """Fill a network, call it, and go back from a random weighting of what it returns."""
     fill(parameters(), case.seed)
     output = call(inputs(case))
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3000 + case.seed))
-    (output * weights).sum().backward()
+    weights = normal(output.shape, torch.Generator().manual_seed(3000 + case.seed))
+    (output * weights.to(output.device)).sum().backward()
     gradients = {name: p.grad for name, p in parameters() if p.grad is not None}
     return results(output, gradients, case.seed)

@@ -31,7 +31,7 @@ def call(case: Case, model: Latte, tensors: dict[str, Tensor]) -> Tensor:
     if case.call == "joint":
         return model(x, t, y, num_images=IMAGES, image_labels=tensors["image_labels"])
     if case.call == "loss":
-        return diffusion_loss(model, x, t, make_schedule("linear"), tensors["key"], y=y)["loss"]
+        return diffusion_loss(model, x, t, make_schedule("linear", device=x.device), tensors["key"], y=y)["loss"]
     return model(x, t, y, text=text)
 
 

@@ -21,13 +21,14 @@ B, FRAMES, N, D, HEADS = 2, 3, 5, 64, 2
 
 
 def tokens(seed: int = 0) -> Tensor:
-    return torch.randn(B, FRAMES, N, D, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    return torch.randn(B, FRAMES, N, D)
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
     for parameter in module.parameters():
-        parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        torch.nn.init.normal_(parameter, std=0.1)
     return module
 
 
