@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.config import TrainConfig, one_line_errors, parse_train_config, to_dict, to_yaml
+from models.config import TrainConfig, UsageError, one_line_errors, parse_train_config, to_dict, to_yaml
 from models.data import VideoError
 from models.latte import Latte
 from models.sampling.codec import Codec, make_codec
@@ -36,7 +36,7 @@ from models.training.data import Batches
 from models.training.distributed import World, distribute, gradient_exchange, join_world
 from models.training.ema import update_ema
 from models.training.export import export_weights
-from models.training.metrics import Metrics, NonFiniteError, warn
+from models.training.metrics import Board, Metrics, NonFiniteError, warn
 from models.training.optimizer import apply_settings, clip_gradients, learning_rate, make_optimizer
 from models.training.rng import seed_process, seed_step
 from models.training.samples import write_samples
@@ -112,7 +112,9 @@ def resume(run: Run) -> None:
         except checkpointing.StorageError as error:
             if path == candidates[-1]:
                 raise
-            run.tell(f"warning: {error}; going on from the one before")
+            run.tell(f"warning: {error}; it becomes .damaged and the run goes on from the one before")
+            if run.world.is_main:
+                path.rename(path.with_suffix(".damaged"))
             continue
         changed = scatter(state, run.model, run.ema, run.optimizer, to_dict(run.config))
         run.step = state["step"]
@@ -121,6 +123,16 @@ def resume(run: Run) -> None:
         if changed:
             run.tell(f"changed since: {', '.join(changed)}")
         return
+
+
+def refuse_to_overtake(run: Run) -> None:
+    """Raise UsageError where the run's folder holds checkpoints of later steps than the run begins at."""
+    existing = checkpointing.paths(run.checkpoints)
+    if existing and checkpointing.step_of(existing[-1]) > run.step:
+        raise UsageError(
+            f"{existing[-1]} is further than step {run.step}, where --resume {run.config.resume} begins: "
+            "choose another --run_dir"
+        )
 
 
 def train(run: Run, batches: Batches, metrics: Metrics) -> bool:
@@ -136,8 +148,8 @@ def train(run: Run, batches: Batches, metrics: Metrics) -> bool:
         with metrics.clock_stopped():
             if checkpoint_due:
                 written = save(run)
-            if samples_due and run.codec is not None:
-                write_samples(run.ema, run.codec, run.schedule, config, run.step, run.world, metrics.board)
+            if samples_due:
+                show_samples(run, metrics.board)
     return written
 
 
@@ -213,6 +225,15 @@ def save(run: Run) -> bool:
     return True
 
 
+def show_samples(run: Run, board: Board | None) -> None:
+    """Draw and write sample clips; where they cannot be written say why."""
+    assert run.codec is not None  # made where samples are wanted
+    try:
+        write_samples(run.ema, run.codec, run.schedule, run.config, run.step, run.world, board)
+    except OSError as error:
+        warn(f"no sample clips of step {run.step}: {error.strerror or error}")
+
+
 def export(run: Run) -> None:
     """Write the EMA weights as export/model.safetensors."""
     weights = gather_weights(run.ema)
@@ -226,6 +247,7 @@ def set_up(config: TrainConfig, world: World) -> tuple[Run, Batches, Metrics]:
     """Build the run, or go on with it, and write its configuration."""
     run = make_run(config, world)
     resume(run)
+    refuse_to_overtake(run)
     batches = Batches(config, world, run.step)
     run_dir = Path(config.run_dir)
     if world.is_main:
@@ -255,8 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.closing(metrics):
                 written = train(run, batches, metrics)
             export(run)
+            if batches.skipped:
+                run.tell(batches.skipped)
         except (NonFiniteError, checkpointing.StorageError, VideoError) as error:
-            run.tell(f"error: {error}; start it again to go on from the newest checkpoint in {run.checkpoints}")
+            reason = str(error).splitlines()[-1]  # a loading worker's error comes with its traceback
+            run.tell(f"error: {reason}; start it again to go on from the newest checkpoint in {run.checkpoints}")
             return 1
         except KeyboardInterrupt:
             run.tell(f"stopped in step {run.step + 1}; start it again to go on from the newest checkpoint")

@@ -61,6 +61,11 @@ def paths(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step_*.pt") if _NAME.fullmatch(path.name))
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step_"))
+
+
 def remove_partial_files(directory: Path) -> None:
     """Delete what a killed run left half written."""
     for path in directory.glob(".step_*.tmp"):

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from models.config import TrainConfig, UsageError
-from models.data import LatentDataset, MovingDigits, ResumableSampler, VideoFolder
+from models.data import LatentDataset, MovingDigits, ResumableSampler, VideoError, VideoFolder
 from models.data.seeded import SeededDataset
 from models.training.distributed import World
 
@@ -52,7 +52,10 @@ class Batches:
             raise UsageError(f"--batch_size {config.batch_size} is no multiple of the {world.size} processes")
         self.dataset, self.device = make_dataset(config), world.device
         self.conditional = config.model.num_classes is not None
-        _check_fit(self.dataset, config)
+        try:
+            _check_fit(self.dataset, config)
+        except VideoError as error:
+            raise UsageError(f"{config.data.path}: {error}") from error
         sampler = ResumableSampler(
             len(self.dataset),
             config.batch_size // world.size,
@@ -67,6 +70,12 @@ class Batches:
             num_workers=config.data.workers,
             pin_memory=self.device.type == "cuda",
         )
+
+    @property
+    def skipped(self) -> str:
+        """One line on the files that gave no clip, or nothing."""
+        report = self.dataset.report() if isinstance(self.dataset, VideoFolder) else None
+        return str(report) if report is not None and (report.unreadable or report.not_videos) else ""
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The batches in order."""

@@ -28,7 +28,7 @@ def learning_rate(config: OptimConfig, step: int) -> float:
 
 def clip_gradients(model: nn.Module, config: OptimConfig, step: int) -> Tensor:
     """Scale the gradients down as `config` says at `step`; return their global 2-norm before, on the device."""
-    clip = config.max_grad_norm is not None and step >= config.clip_from_step
     trained = [p for p in model.parameters() if p.requires_grad]
-    norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm if clip else math.inf)
+    limit = math.inf if config.max_grad_norm is None or step < config.clip_from_step else config.max_grad_norm
+    norm = nn.utils.clip_grad_norm_(trained, limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,5 +1,6 @@
 """The training step and what a run writes: values, not only files."""
 
+import errno
 import functools
 import json
 import math
@@ -250,6 +251,46 @@ def test_images_join_the_clips_of_videos(tmp_path: Path) -> None:
     train.train_step(run, *next(iter(Batches(run.config, WORLD, 1))))
     assert seen == [((4, 6, 3, 16, 16), {"num_images": 2})]
     assert torch.isfinite(values).all()
+
+
+def test_unreadable_files_are_counted_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_mp4(videos / "good.mp4", torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    (videos / "cut.mp4").write_bytes((videos / "good.mp4").read_bytes()[:400])
+    (videos / "notes.txt").write_text("text")
+    argv = options(tmp_path / "run", data__kind="videos", data__path=videos, model__in_channels=3, steps=2)
+    assert train.main(argv) == 0
+    assert "models.train: 2 video files, skipped: 1 unreadable, 1 not videos" in capsys.readouterr().err
+
+    (videos / "good.mp4").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*argv, "--run_dir", str(tmp_path / "other")])
+    assert stopped.value.code == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith(f"models.train: error: {videos}: none of the 1 video files")
+    )
+
+
+def test_a_new_beginning_never_mixes_with_an_older_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(options(tmp_path, steps=3)) == 0
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(options(tmp_path, resume="never"))
+    assert stopped.value.code == 2
+    assert "step_00000003.pt is further than step 0, where --resume never begins" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_takes_sample_clips_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(train, "write_samples", full)
+    assert train.main(options(tmp_path, steps=2, log__sample_every=1)) == 0
+    assert "warning: no sample clips of step 1: No space left on device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
