@@ -1,4 +1,6 @@
-"""`--device cuda` runs tests on a GPU: a tensor that a test makes without naming a device is made there."""
+"""Where tests run: `--device cuda` puts tensors made without naming a device there; without CUDA, Triton interprets."""
+
+import os
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the default device before the test modules are imported."""
+    """Set the default device, and Triton's interpreter, before the test modules are imported."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     device = torch.device(config.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch {torch.__version__} sees no CUDA device")

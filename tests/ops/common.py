@@ -11,6 +11,20 @@ from torch import Tensor
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Fill every uninitialised tensor with NaN, so that an element which a kernel leaves unwritten is seen."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
 def ulp(value: Tensor, dtype: torch.dtype) -> float:
     """Return one unit in the last place of the largest magnitude."""
     finite = value[value.isfinite()].abs()
