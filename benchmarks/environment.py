@@ -98,13 +98,12 @@ def _nvml_handle(device: torch.device) -> Any:
 
 def commit() -> str:
     """Return the short commit, with "-dirty" when tracked files differ from it, or "unknown" outside a repository."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--exclude=*", "--dirty", "--abbrev=10"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-    )
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty", "--abbrev=10"]
+    quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quiet)
+    except FileNotFoundError:
+        return "unknown"
     return described.stdout.strip() or "unknown"
 
 

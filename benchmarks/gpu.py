@@ -25,6 +25,7 @@ from benchmarks.results import JSON_VARIABLE, Run, result_path
 from benchmarks.suites import SUITES
 
 TOTAL_SECONDS = 520
+GRACE_SECONDS = 8
 TAIL_LINES = 20
 PREBUILT = ROOT / "vidkern" / "_C_cuda.so"
 
@@ -122,6 +123,10 @@ def _run(part: Part, log: Path, limit: float) -> int | None:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that still runs, after time to tell how far it came (as pytest does), and all its children."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_SECONDS)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
