@@ -51,6 +51,27 @@ def test_a_wrong_result_gets_no_speed(wrong):
     assert result["variants"]["eager"]["seconds"] > 0
 
 
+def test_a_baseline_may_be_a_little_less_exact_than_ours():
+    problem, eps = problem_of(ops.gate_residual), torch.finfo(torch.float32).eps
+    buffers = make_set(problem, CPU)
+    bound = eps * float(plain(*buffers.inputs).abs().max())
+
+    def off_by(bounds):
+        return lambda *inputs: plain(*inputs) + bounds * bound
+
+    variants = {
+        "ours": Variant(off_by(4), "reference"),
+        "baseline": Variant(off_by(4)),
+        "wrong baseline": Variant(off_by(100)),
+    }
+    checked = check(problem, variants, buffers)
+    assert {name: outcome["correct"] for name, outcome in checked.items()} == {
+        "ours": False,
+        "baseline": True,
+        "wrong baseline": False,
+    }
+
+
 def test_a_wrong_gradient_gets_no_speed():
     def leaky(x, y, gate):
         return plain(x, y, gate.detach()) + 0.5 * (gate - gate.detach()).unsqueeze(2) * y
