@@ -108,12 +108,12 @@ def small_problems() -> list[Problem]:
     return [op.problem(shape, dtype, True) for op in OPERATORS for dtype in (torch.float32, torch.bfloat16)]
 
 
-@pytest.mark.parametrize("problem", problems(), ids=str)
-def test_speed(problem: Problem, measured: Any) -> None:
-    measured(problem)
-
-
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 def test_call_overhead(operator: Operator, backward: bool, measured: Any) -> None:
     measured(operator.problem(TINY, torch.float32, backward), overhead=True, rounds=100)
+
+
+@pytest.mark.parametrize("problem", problems(), ids=str)
+def test_speed(problem: Problem, measured: Any) -> None:
+    measured(problem)
