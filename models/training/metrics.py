@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,6 +138,7 @@ class Board:
 
     def __init__(self, directory: Path, start: int) -> None:
         """Go on after step `start`: later events of an earlier run disappear from view."""
+        threading.excepthook = _leave_write_errors_to_the_caller
         self.writer: SummaryWriter | None = SummaryWriter(str(directory), purge_step=start + 1)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -164,6 +166,12 @@ class Board:
         except OSError as error:
             warn(f"TensorBoard's log ends here: {error.strerror}")
             self.writer = None
+
+
+def _leave_write_errors_to_the_caller(error: threading.ExceptHookArgs) -> None:
+    """The writer's thread passes its OSError on to the next call of the writer: no traceback of the thread's own."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
 
 
 def warn(message: str) -> None:
