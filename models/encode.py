@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models.autoencoder import downsampling, load_autoencoder, posterior, scaling
-from models.config import UsageError, one_line_errors, parse
+from models.command_line import UsageError, one_line_errors, parse
 from models.data.decode import VideoError, decode, frame_table
 from models.data.frames import to_clip
 from models.data.latents import INDEX, Entry, Index, read_index

@@ -16,7 +16,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from models.config import TrainConfig, UsageError, one_line_errors, parse
+from models.command_line import UsageError, one_line_errors, parse
+from models.config import TrainConfig
 from models.data import contact_sheet, write_gif, write_mp4
 from models.latte import LatteConfig
 from models.sampling.codec import make_codec

@@ -15,88 +15,28 @@ costs a warning, and training goes on to the next one; the older ones stay.
 """
 
 import contextlib
-import copy
-import dataclasses
-import functools
 import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from models.config import TrainConfig, UsageError, one_line_errors, parse_train_config, to_dict, to_yaml
+from models.command_line import UsageError, one_line_errors, to_dict, to_yaml
+from models.config import TrainConfig, parse_train_config
 from models.data import VideoError
-from models.latte import Latte
 from models.sampling.codec import Codec, make_codec
 from models.training import checkpointing
 from models.training.data import Batches
-from models.training.distributed import World, distribute, gradient_exchange, join_world
-from models.training.ema import update_ema
+from models.training.distributed import World, join_world
 from models.training.export import export_weights
 from models.training.metrics import Board, Metrics, NonFiniteError, warn
-from models.training.optimizer import apply_settings, clip_gradients, learning_rate, make_optimizer
-from models.training.rng import seed_process, seed_step
+from models.training.optimizer import learning_rate
 from models.training.samples import write_samples
 from models.training.state import gather, gather_weights, scatter
-from vidkern.diffusion import Schedule, diffusion_loss, make_schedule, sample_timesteps
-from vidkern.rng import KeyStream
+from models.training.step import Run, make_run, train_step
 
 PROG = "models.train"
-
-
-@dataclasses.dataclass
-class Run:
-    """Everything that a training step reads or changes."""
-
-    config: TrainConfig
-    world: World
-    schedule: Schedule
-    model: Latte
-    network: nn.Module  # what training calls: `model`, or a DDP replica around it
-    ema: Latte
-    optimizer: torch.optim.Optimizer
-    generator: torch.Generator  # draws the timesteps of the whole batch
-    keys: KeyStream  # noise keys, one a step, the same in every process
-    codec: Codec | None  # shows sample clips
-    step: int = 0
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return Path(self.config.run_dir) / "checkpoints"
-
-    def tell(self, message: str) -> None:
-        """Print one line, once."""
-        if self.world.is_main:
-            tqdm.write(f"{PROG}: {message}", file=sys.stderr)
-
-
-def make_run(config: TrainConfig, world: World) -> Run:
-    """Build a run at step 0, the same in every process."""
-    seed_process(config.seed)
-    if world.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as the papers' code trains
-    model = Latte(config.model).to(world.device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    model.activation_checkpointing = config.activation_checkpointing
-    if config.compile:
-        model.compile()
-    network = distribute(model, ema, config.strategy, world)
-    return Run(
-        config=config,
-        world=world,
-        schedule=make_schedule(config.diffusion.schedule, config.diffusion.num_steps, world.device),
-        model=model,
-        network=network,
-        ema=ema,
-        optimizer=make_optimizer(model, config.optim),
-        generator=torch.Generator(world.device),
-        keys=KeyStream(config.seed, world.device),
-        codec=make_codec(config, None, world.device) if config.log.sample_every else None,
-    )
 
 
 def resume(run: Run) -> None:
@@ -135,8 +75,11 @@ def refuse_to_overtake(run: Run) -> None:
         )
 
 
-def train(run: Run, batches: Batches, metrics: Metrics) -> bool:
-    """Train to the last step. Returns whether the last checkpoint was written."""
+def train(run: Run, batches: Batches, metrics: Metrics, codec: Codec | None) -> bool:
+    """Train to the last step, showing samples where there is a codec.
+
+    Returns whether the last checkpoint was written.
+    """
     config, log, written = run.config, run.config.log, True
     for x0, conditions in itertools.islice(batches, config.steps - run.step):
         metrics.record(train_step(run, x0, conditions), learning_rate(config.optim, run.step))
@@ -148,68 +91,9 @@ def train(run: Run, batches: Batches, metrics: Metrics) -> bool:
         with metrics.clock_stopped():
             if checkpoint_due:
                 written = save(run)
-            if samples_due:
-                show_samples(run, metrics.board)
+            if codec is not None and samples_due:
+                show_samples(run, codec, metrics.board)
     return written
-
-
-def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-    """One optimiser step on this process's share of the batch, (n, F, C, H, W). Never waits for the device.
-
-    The share is run in parts of at most `micro_batch_size` clips; each part's loss has the weight of its clips, so the
-    gradient is that of the whole batch, whatever the parts and the number of processes.
-
-    Returns loss, mse, vb and the norm of the gradient before clipping, float32 (4,) on the device.
-    """
-    config, n = run.config, len(x0)
-    first = run.world.rank * n
-    seed_step(run.generator, config.seed, run.step, run.world.rank)
-    t = sample_timesteps(
-        config.batch_size,
-        x0.shape[1],
-        config.diffusion.num_steps,
-        mode=config.diffusion.timesteps,
-        p=config.diffusion.ptss_probability,
-        generator=run.generator,
-    )[first : first + n]
-    key = run.keys.next()
-    sums = torch.zeros(3, device=x0.device)
-    size = min(config.micro_batch_size or n, n)
-    for begin in range(0, n, size):
-        part = slice(begin, min(begin + size, n))
-        weight = (part.stop - begin) / n
-        with gradient_exchange(run.network, enabled=part.stop == n):
-            losses = loss_of(run, x0[part], t[part], key, {k: v[part] for k, v in conditions.items()}, first + begin)
-            (weight * losses["loss"]).backward()
-        sums += weight * torch.stack([losses["loss"].detach(), losses["mse"], losses["vb"]])
-    run.step += 1
-    norm = clip_gradients(run.model, config.optim, run.step)
-    apply_settings(run.optimizer, config.optim, run.step)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    update_ema(run.ema, run.model, config.optim.ema_decay)
-    return torch.cat([sums, norm[None]])
-
-
-def loss_of(
-    run: Run, x0: Tensor, t: Tensor, key: Tensor, conditions: dict[str, Tensor], sample_offset: int
-) -> dict[str, Tensor]:
-    """The loss of clips whose numbers in the whole batch begin at `sample_offset`."""
-    config, images = run.config, run.config.data.images
-    network = functools.partial(run.network, **conditions, **({"num_images": images} if images else {}))
-    with torch.autocast(x0.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        return diffusion_loss(
-            network,
-            x0,
-            t,
-            run.schedule,
-            key,
-            prediction=config.diffusion.prediction,
-            learned_range=config.model.learn_sigma,
-            sharing=config.diffusion.noise,
-            base_weight=config.diffusion.noise_base_weight,
-            sample_offset=sample_offset,
-        )
 
 
 def save(run: Run) -> bool:
@@ -225,11 +109,10 @@ def save(run: Run) -> bool:
     return True
 
 
-def show_samples(run: Run, board: Board | None) -> None:
+def show_samples(run: Run, codec: Codec, board: Board | None) -> None:
     """Draw and write sample clips; where they cannot be written say why."""
-    assert run.codec is not None  # made where samples are wanted
     try:
-        write_samples(run.ema, run.codec, run.schedule, run.config, run.step, run.world, board)
+        write_samples(run.ema, codec, run.schedule, run.config, run.step, run.world, board)
     except OSError as error:
         warn(f"no sample clips of step {run.step}: {error.strerror or error}")
 
@@ -272,10 +155,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with one_line_errors(PROG):
             config = parse_train_config(sys.argv[1:] if argv is None else argv)
             world = stack.enter_context(join_world(config.device))
+            codec = make_codec(config, None, world.device) if config.log.sample_every else None
             run, batches, metrics = set_up(config, world)
         try:
             with contextlib.closing(metrics):
-                written = train(run, batches, metrics)
+                written = train(run, batches, metrics, codec)
             export(run)
             if batches.skipped:
                 run.tell(batches.skipped)

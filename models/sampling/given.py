@@ -8,7 +8,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from models.config import UsageError
+from models.command_line import UsageError
 from models.data import VideoError
 from models.data.decode import frame_table, read_frames
 from models.data.frames import to_clip

@@ -7,7 +7,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from models.autoencoder import decode_latents, downsampling, load_autoencoder, posterior, scaling
-from models.config import TrainConfig, UsageError
+from models.command_line import UsageError
+from models.config import TrainConfig
 from models.data.latents import read_index
 from models.latte import LatteConfig
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoints import load_weights
-from models.config import TrainConfig, UsageError, from_dict, read_yaml
+from models.command_line import UsageError, from_dict, read_yaml
+from models.config import TrainConfig
 from models.latte import Latte
 from models.training import checkpointing
 from models.training.export import read_config

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from models.config import TrainConfig, UsageError
+from models.command_line import UsageError
+from models.config import TrainConfig
 from models.data import LatentDataset, MovingDigits, ResumableSampler, VideoError, VideoFolder
 from models.data.seeded import SeededDataset
 from models.training.distributed import World

@@ -174,9 +174,14 @@ def _leave_write_errors_to_the_caller(error: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(error)
 
 
-def warn(message: str) -> None:
+def say(message: str) -> None:
     """Print one line without disturbing the progress bar."""
-    tqdm.write(f"models.train: warning: {message}", file=sys.stderr)
+    tqdm.write(f"models.train: {message}", file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """Say that something went wrong that the run survives."""
+    say(f"warning: {message}")
 
 
 def memory_in_use(device: torch.device) -> float:

@@ -18,7 +18,7 @@ import torch
 
 from models import train
 from models.config import TrainConfig, parse_train_config
-from models.training import checkpointing, metrics
+from models.training import checkpointing, metrics, step
 
 FILE_LIMIT = 60_000  # bytes: less than a checkpoint of a tiny run, more than its logs
 
@@ -196,7 +196,7 @@ def _in_the_middle_of_a_line(n: int) -> Any:
 
 
 MOMENTS: dict[str, Callable[[int], Any]] = {
-    "in a step": _before(train, "update_ema"),
+    "in a step": _before(step, "update_ema"),
     "while a checkpoint is written": _in_the_middle_of_saving,
     "before a checkpoint is renamed": _before(checkpointing.os, "replace"),
     "after a checkpoint is renamed": _before(checkpointing, "_sync_directory"),

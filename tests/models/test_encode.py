@@ -18,7 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file
 
 from models.autoencoder import decode_latents, load_autoencoder, posterior
-from models.config import UsageError
+from models.command_line import UsageError
 from models.data import LatentDataset
 from models.data.decode import decode
 from models.data.frames import to_clip

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import train
 from models.data.write import write_mp4
 from models.latte import Latte
-from models.training import checkpointing
+from models.training import checkpointing, step
 from models.training.data import Batches
 from models.training.distributed import World
 from models.training.ema import update_ema
@@ -33,15 +33,15 @@ from vidkern.ops import philox_normal
 WORLD = World(0, 1, torch.device("cpu"))
 
 
-def steps_of(run_dir: Path, count: int, **overrides: Any) -> tuple[train.Run, torch.Tensor]:
+def steps_of(run_dir: Path, count: int, **overrides: Any) -> tuple[step.Run, torch.Tensor]:
     """A run after `count` steps in this process, and the values that the steps returned, (count, 4)."""
     settings = config(run_dir, **overrides)
-    run = train.make_run(settings, WORLD)
+    run = step.make_run(settings, WORLD)
     batches = iter(Batches(settings, WORLD, 0))
-    return run, torch.stack([train.train_step(run, *next(batches)) for _ in range(count)])
+    return run, torch.stack([step.train_step(run, *next(batches)) for _ in range(count)])
 
 
-def plain_step(run: train.Run, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def plain_step(run: step.Run, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """The mean squared error of an epsilon model, written independently."""
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t]
     a, s = (v.float().view(-1, 1, 1, 1, 1) for v in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
@@ -58,11 +58,11 @@ def test_a_step_is_adamw_on_the_batch_gradient(tmp_path: Path, monkeypatch: pyte
         "optim__weight_decay": 0.1,
     }
     settings = config(tmp_path, **overrides)
-    run = train.make_run(settings, WORLD)
+    run = step.make_run(settings, WORLD)
     with torch.no_grad():  # a fresh model's output is 0 and most of its gradients too
         for i, parameter in enumerate(run.model.parameters()):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
-    other = train.make_run(settings, WORLD)
+    other = step.make_run(settings, WORLD)
     other.model.load_state_dict(run.model.state_dict())
     optimizer = torch.optim.AdamW(
         [p for p in other.model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1, fused=False
@@ -73,12 +73,12 @@ def test_a_step_is_adamw_on_the_batch_gradient(tmp_path: Path, monkeypatch: pyte
         drawn.append(sample_timesteps(*args, **kwargs))
         return drawn[-1]
 
-    monkeypatch.setattr(train, "sample_timesteps", draw)
+    monkeypatch.setattr(step, "sample_timesteps", draw)
     batches = iter(Batches(settings, WORLD, 0))
     for _ in range(3):
         x0, conditions = next(batches)
         key = run.keys.state_dict()["key"]
-        values = train.train_step(run, x0, conditions)
+        values = step.train_step(run, x0, conditions)
         loss = plain_step(other, x0, drawn[-1], philox_normal(x0.shape, key))
         loss.backward()
         trained = [p for p in other.model.parameters() if p.requires_grad]
@@ -128,7 +128,7 @@ def test_ptss_gives_frames_steps_of_their_own(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
     run, _ = steps_of(tmp_path, 1, diffusion__timesteps="ptss", diffusion__ptss_probability=1.0)
     run.model.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    train.train_step(run, *next(iter(Batches(run.config, WORLD, 1))))
+    step.train_step(run, *next(iter(Batches(run.config, WORLD, 1))))
     assert seen[0].shape == (4, 4)
     assert len(set(seen[0].flatten().tolist())) > 8
 
@@ -144,12 +144,12 @@ class NoSynchronisation(TorchDispatchMode):
 @pytest.mark.parametrize("timesteps", ["clip", "ptss"])
 def test_a_step_never_waits_for_the_device(timesteps: str, tmp_path: Path) -> None:
     settings = config(tmp_path, model__num_classes=10, diffusion__timesteps=timesteps, optim__max_grad_norm=1.0)
-    run = train.make_run(settings, WORLD)
+    run = step.make_run(settings, WORLD)
     batches = iter(Batches(settings, WORLD, 0))
-    train.train_step(run, *next(batches))
+    step.train_step(run, *next(batches))
     batch = next(batches)
     with NoSynchronisation():
-        values = train.train_step(run, *batch)
+        values = step.train_step(run, *batch)
     assert torch.isfinite(values).all()
 
 
@@ -167,7 +167,7 @@ def test_ema_follows_its_equation(tmp_path: Path) -> None:
 
 def test_the_learning_rate_warms_up_and_settings_reach_the_optimiser(tmp_path: Path) -> None:
     optim = config(tmp_path, optim__lr=2e-3, optim__warmup_steps=4, optim__weight_decay=0.5).optim
-    assert [learning_rate(optim, step) for step in (1, 2, 4, 5)] == [5e-4, 1e-3, 2e-3, 2e-3]
+    assert [learning_rate(optim, number) for number in (1, 2, 4, 5)] == [5e-4, 1e-3, 2e-3, 2e-3]
     optimizer = make_optimizer(nn.Linear(2, 2), optim)
     apply_settings(optimizer, optim, 2)
     assert optimizer.param_groups[0]["lr"] == 1e-3
@@ -178,9 +178,9 @@ def test_the_learning_rate_warms_up_and_settings_reach_the_optimiser(tmp_path: P
 def test_clipping_begins_where_it_is_told(tmp_path: Path) -> None:
     optim = config(tmp_path, optim__max_grad_norm=1.0, optim__clip_from_step=5).optim
     layer = nn.Linear(1, 1, bias=False)
-    for step, clipped in ((4, 3.0), (5, 1.0)):
+    for number, clipped in ((4, 3.0), (5, 1.0)):
         layer.weight.grad = torch.full((1, 1), 3.0)
-        assert clip_gradients(layer, optim, step).item() == 3.0
+        assert clip_gradients(layer, optim, number).item() == 3.0
         assert layer.weight.grad.item() == pytest.approx(clipped, rel=1e-5)
 
 
@@ -248,7 +248,7 @@ def test_images_join_the_clips_of_videos(tmp_path: Path) -> None:
     run.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args[0].shape, kwargs)), with_kwargs=True
     )
-    train.train_step(run, *next(iter(Batches(run.config, WORLD, 1))))
+    step.train_step(run, *next(iter(Batches(run.config, WORLD, 1))))
     assert seen == [((4, 6, 3, 16, 16), {"num_images": 2})]
     assert torch.isfinite(values).all()
 
