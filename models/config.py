@@ -148,6 +148,14 @@ def _check_values(config: TrainConfig) -> None:
     for name in positive:
         if values[name] is not None and values[name] < 1:
             raise UsageError(f"--{name} wants at least 1, got {values[name]}")
+    if not 0 <= config.diffusion.ptss_probability <= 1:
+        raise UsageError(f"--diffusion.ptss_probability wants from 0 to 1, got {config.diffusion.ptss_probability}")
+    correlated = config.diffusion.noise in ("mixed", "progressive")
+    if correlated != (config.diffusion.noise_base_weight is not None):
+        raise UsageError(
+            f"--diffusion.noise {config.diffusion.noise} wants {'a' if correlated else 'no'} "
+            "--diffusion.noise_base_weight"
+        )
     if config.data.kind != "digits" and config.data.path is None:
         raise UsageError(f"--data.kind {config.data.kind} wants --data.path")
     if config.data.images and config.data.kind != "videos":

@@ -49,7 +49,7 @@ def atomic_file(path: Path):  # type: ignore[no-untyped-def]
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU (`weights_only=True`). Raises StorageError for a missing or damaged file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # processes share the pages
     except FileNotFoundError as error:
         raise StorageError(f"no checkpoint at {path}") from error
     except Exception as error:  # torch.load reports damage through many types, pickle's and zipfile's among them

@@ -104,7 +104,7 @@ class JsonLines:
         self.file.seek(0)
         self.end = 0
         for line in self.file.read().splitlines(keepends=True):
-            if not line.endswith(b"\n") or json.loads(line)["step"] > last_step:
+            if not _is_up_to(line, last_step):
                 break
             self.end += len(line)
         self.file.truncate(self.end)
@@ -131,6 +131,14 @@ class JsonLines:
         """Write what waits and close the file."""
         self.sync()
         self.file.close()
+
+
+def _is_up_to(line: bytes, last_step: int) -> bool:
+    """Whether a line is whole and of a step up to `last_step`."""
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 class Board:

@@ -57,6 +57,8 @@ def test_differences_are_named() -> None:
         (["--steps", "0"], "--steps wants at least 1, got 0"),
         (["--micro_batch_size", "0"], "--micro_batch_size wants at least 1, got 0"),
         (["--data.kind", "videos"], "--data.kind videos wants --data.path"),
+        (["--diffusion.ptss_probability", "2"], "--diffusion.ptss_probability wants from 0 to 1, got 2.0"),
+        (["--diffusion.noise", "mixed"], "--diffusion.noise mixed wants a --diffusion.noise_base_weight"),
         (["--config", "nowhere.yaml"], "cannot read the configuration nowhere.yaml: No such file or directory"),
         (["--config"], "--config wants the path of a YAML file"),
         (["--diffusion.schedule", "flow"], "--diffusion.schedule flow does not go with --diffusion.prediction epsilon"),

@@ -133,6 +133,25 @@ def test_ptss_gives_frames_steps_of_their_own(tmp_path: Path) -> None:
     assert len(set(seen[0].flatten().tolist())) > 8
 
 
+@pytest.mark.parametrize(
+    ("overrides", "noise_weight", "clip_weight"),
+    [
+        ({"diffusion__prediction": "epsilon", "diffusion__noise": "shared"}, 1, 0),
+        ({"diffusion__prediction": "x0", "diffusion__schedule": "cosine"}, 0, 1),
+        ({"diffusion__prediction": "flow", "diffusion__schedule": "flow", "model__learn_sigma": False}, 1, 1),
+    ],
+    ids=["epsilon", "x0", "flow"],
+)
+def test_a_fresh_network_misses_the_whole_target(
+    overrides: dict[str, Any], noise_weight: int, clip_weight: int, tmp_path: Path
+) -> None:
+    """Its output is 0, so that the mean squared error is the target's mean square."""
+    run = step.make_run(config(tmp_path, batch_size=16, **overrides), WORLD)
+    x0, conditions = next(iter(Batches(run.config, WORLD, 0)))
+    mse = step.train_step(run, x0, conditions)[1].item()
+    assert mse == pytest.approx(noise_weight + clip_weight * x0.square().mean().item(), rel=0.1)
+
+
 class NoSynchronisation(TorchDispatchMode):
     """Fails where the host would wait for the device."""
 
