@@ -3,6 +3,8 @@
 // Special instructions are reached through NVIDIA's headers alone, so that tests/emulator can stand in for them.
 #pragma once
 
+#include <cstring>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -23,60 +25,82 @@ struct alignas(16) Shared {
 };
 #endif
 
-// --- eight elements: v[0..8) = p[0..8) and back, p aligned to 16 bytes ---
+// --- packs: eight elements as they lie in memory, in 16-byte words, and as floats ---
+// (__stwb is a plain store that the compiler cannot split)
 
-__device__ inline void load(const float* p, float (&v)[kPack]) {
-  const float4 low = reinterpret_cast<const float4*>(p)[0], high = reinterpret_cast<const float4*>(p)[1];
-  v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-  v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-}
-
-__device__ inline void store(float* p, const float (&v)[kPack]) {
-  reinterpret_cast<float4*>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
-  reinterpret_cast<float4*>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);
+template <typename To, typename From>
+__device__ inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
 }
 
 template <typename T>
-struct Pair;
+struct Pair;  // two 16-bit elements in 32 bits
 template <>
 struct Pair<__nv_bfloat16> {
-  using type = __nv_bfloat162;
-  __device__ static float2 widen(type pair) { return __bfloat1622float2(pair); }
-  __device__ static type round(float a, float b) { return __floats2bfloat162_rn(a, b); }
+  __device__ static float2 widen(uint32_t bits) { return __bfloat1622float2(bit_cast<__nv_bfloat162>(bits)); }
+  __device__ static uint32_t round(float a, float b) { return bit_cast<uint32_t>(__floats2bfloat162_rn(a, b)); }
 };
 template <>
 struct Pair<__half> {
-  using type = __half2;
-  __device__ static float2 widen(type pair) { return __half22float2(pair); }
-  __device__ static type round(float a, float b) { return __floats2half2_rn(a, b); }
+  __device__ static float2 widen(uint32_t bits) { return __half22float2(bit_cast<__half2>(bits)); }
+  __device__ static uint32_t round(float a, float b) { return bit_cast<uint32_t>(__floats2half2_rn(a, b)); }
 };
 
 template <typename T>
-union Pack {  // eight 16-bit elements
-  uint4 raw;
-  typename Pair<T>::type pairs[kPack / 2];
+struct Pack {
+  uint4 raw = {};
 
-  __device__ Pack() : raw{} {}
-};
+  __device__ static Pack aligned(const T* p) { return {*reinterpret_cast<const uint4*>(p)}; }  // to 16 bytes
 
-template <typename T>
-__device__ inline void load(const T* p, float (&v)[kPack]) {
-  Pack<T> pack;
-  pack.raw = *reinterpret_cast<const uint4*>(p);
-#pragma unroll
-  for (int i = 0; i < kPack / 2; ++i) {
-    const float2 pair = Pair<T>::widen(pack.pairs[i]);
-    v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
+  __device__ static Pack round(const float (&v)[kPack]) {
+    return {make_uint4(Pair<T>::round(v[0], v[1]), Pair<T>::round(v[2], v[3]), Pair<T>::round(v[4], v[5]),
+                       Pair<T>::round(v[6], v[7]))};
   }
-}
 
-template <typename T>
-__device__ inline void store(T* p, const float (&v)[kPack]) {
-  Pack<T> pack;
-#pragma unroll
-  for (int i = 0; i < kPack / 2; ++i) pack.pairs[i] = Pair<T>::round(v[2 * i], v[2 * i + 1]);
-  *reinterpret_cast<uint4*>(p) = pack.raw;
-}
+  __device__ static Pack unaligned(const T* p) {
+    const auto* half = reinterpret_cast<const uint16_t*>(p);
+    const auto word = [&](int i) { return half[2 * i] | static_cast<uint32_t>(half[2 * i + 1]) << 16; };
+    return {make_uint4(word(0), word(1), word(2), word(3))};
+  }
+
+  __device__ void widen(float (&v)[kPack]) const {
+    const float2 a = Pair<T>::widen(raw.x), b = Pair<T>::widen(raw.y);
+    const float2 c = Pair<T>::widen(raw.z), d = Pair<T>::widen(raw.w);
+    v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y, v[4] = c.x, v[5] = c.y, v[6] = d.x, v[7] = d.y;
+  }
+
+  __device__ void store(T* p) const { __stwb(reinterpret_cast<uint4*>(p), raw); }
+};
+
+template <>
+struct Pack<float> {
+  float4 low = {}, high = {};
+
+  __device__ static Pack aligned(const float* p) {
+    return {reinterpret_cast<const float4*>(p)[0], reinterpret_cast<const float4*>(p)[1]};
+  }
+
+  __device__ static Pack unaligned(const float* p) {
+    return {make_float4(p[0], p[1], p[2], p[3]), make_float4(p[4], p[5], p[6], p[7])};
+  }
+
+  __device__ static Pack round(const float (&v)[kPack]) {
+    return {make_float4(v[0], v[1], v[2], v[3]), make_float4(v[4], v[5], v[6], v[7])};
+  }
+
+  __device__ void widen(float (&v)[kPack]) const {
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+  }
+
+  __device__ void store(float* p) const {
+    __stwb(reinterpret_cast<float4*>(p), low);
+    __stwb(reinterpret_cast<float4*>(p) + 1, high);
+  }
+};
 
 // --- rows: a block holds a row of D elements, thread t the packs t, t + blockDim.x, ... ---
 
@@ -101,16 +125,34 @@ __device__ inline void for_each_element_below(int d, F f) {  // the elements of 
   }
 }
 
-template <typename T, int kPacks>
-__device__ inline void load_row(const T* row, int d, float (&v)[kPacks][kPack]) {  // zeros at d and beyond
+// The part that a thread owns of kTokens rows; zeros from column d on, and in rows from `count` on. To have many loads
+// under way at once, load everything before widening anything.
+template <typename T, int kTokens, int kPacks>
+__device__ inline void load_rows(
+    const T* rows, int64_t stride, bool aligned, int count, int d, Pack<T> (&packs)[kTokens][kPacks]) {
+  if (aligned) {
 #pragma unroll
-  for (int p = 0; p < kPacks; ++p) {
-    if (column(p) < d) {
-      load(row + column(p), v[p]);
-    } else {
+    for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) v[p][i] = 0.0f;
+      for (int p = 0; p < kPacks; ++p)
+        packs[t][p] = t < count && column(p) < d ? Pack<T>::aligned(rows + t * stride + column(p)) : Pack<T>{};
     }
+  } else {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p)
+        packs[t][p] = t < count && column(p) < d ? Pack<T>::unaligned(rows + t * stride + column(p)) : Pack<T>{};
+    }
+  }
+}
+
+template <typename T, int kTokens, int kPacks>
+__device__ inline void widen(const Pack<T> (&packs)[kTokens][kPacks], float (&v)[kTokens][kPacks][kPack]) {
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) packs[t][p].widen(v[t][p]);
   }
 }
 
@@ -118,16 +160,22 @@ template <typename T, int kPacks>
 __device__ inline void store_row(T* row, int d, const float (&v)[kPacks][kPack]) {
 #pragma unroll
   for (int p = 0; p < kPacks; ++p)
-    if (column(p) < d) store(row + column(p), v[p]);
+    if (column(p) < d) Pack<T>::round(v[p]).store(row + column(p));
+}
+
+template <typename T, int kPacks>
+__device__ inline void load_vector_of(const FrameVector& vector, const Run& run, int d, float (&v)[1][kPacks][kPack]) {
+  Pack<T> packs[1][kPacks];
+  load_rows(static_cast<const T*>(vector.data) + vector.offset(run.b, run.f), 0, vector.aligned, 1, d, packs);
+  widen(packs, v);
 }
 
 template <int kPacks>
-__device__ inline void load_vector(const FrameVector& vector, const Run& run, int d, float (&v)[kPacks][kPack]) {
-  const int64_t offset = vector.offset(run.b, run.f);
+__device__ inline void load_vector(const FrameVector& vector, const Run& run, int d, float (&v)[1][kPacks][kPack]) {
   switch (vector.dtype) {
-    case Dtype::float32: return load_row(static_cast<const float*>(vector.data) + offset, d, v);
-    case Dtype::bfloat16: return load_row(static_cast<const __nv_bfloat16*>(vector.data) + offset, d, v);
-    case Dtype::float16: return load_row(static_cast<const __half*>(vector.data) + offset, d, v);
+    case Dtype::float32: return load_vector_of<float>(vector, run, d, v);
+    case Dtype::bfloat16: return load_vector_of<__nv_bfloat16>(vector, run, d, v);
+    case Dtype::float16: return load_vector_of<__half>(vector, run, d, v);
   }
 }
 

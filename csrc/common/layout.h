@@ -21,6 +21,7 @@ struct Shape {
 struct Tokens {
   void* data;
   int64_t stride_b, stride_f, stride_n;
+  bool aligned;  // every row starts at a multiple of 16 bytes
 
   VIDKERN_HOST_DEVICE int64_t offset(int64_t b, int64_t f, int64_t n) const {
     return b * stride_b + f * stride_f + n * stride_n;
@@ -31,6 +32,7 @@ struct FrameVector {
   const void* data;
   int64_t stride_b, stride_f;
   Dtype dtype;
+  bool aligned;
 
   VIDKERN_HOST_DEVICE int64_t offset(int64_t b, int64_t f) const { return b * stride_b + f * stride_f; }
 };

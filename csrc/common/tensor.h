@@ -29,12 +29,20 @@ inline Shape shape_of(const Tensor& tokens) {  // (B, F, N, D)
   return {tokens.size(0), tokens.size(1), tokens.size(2), tokens.size(3)};
 }
 
+// Whether every row, along the last dimension, starts at a multiple of 16 bytes.
+inline bool rows_aligned(const Tensor& tensor) {
+  const auto bytes = static_cast<int64_t>(tensor.element_size());
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) aligned = aligned && tensor.stride(dim) * bytes % 16 == 0;
+  return aligned;
+}
+
 inline Tokens tokens_of(const Tensor& tensor) {  // (B, F, N, D), any strides but the last
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), rows_aligned(tensor)};
 }
 
 inline FrameVector vector_of(const Tensor& tensor) {  // (B, F, D), any strides but the last
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), dtype_of(tensor)};
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), dtype_of(tensor), rows_aligned(tensor)};
 }
 
 // An uninitialised contiguous tensor on the device of another.

@@ -1,133 +1,141 @@
-// The modulation family on the CPU: norm, shift and scale of a frame's tokens in one pass, a thread to each run.
+// The modulation family on the CPU: a thread takes a run of one frame's tokens, and one pass over each.
 #include <algorithm>
-#include <cmath>
-#include <memory>
+#include <array>
+#include <optional>
 #include <tuple>
 
 #include "common/tensor.h"
-#include "cpu/vec.h"
+#include "cpu/modulation_token.h"
 
 namespace vidkern::cpu {
 namespace {
 
-constexpr int64_t kRunLength = 32;           // tokens
+constexpr int64_t kRunLength = 32;             // tokens
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 
-struct Forward {
-  Runs runs;
-  Dtype dtype;
-  Tokens x, y;
-  FrameVector shift, scale;
-  float *mean, *rstd;
-  float eps;
-};
+constexpr Kind kLayerNormModulate{false, Norm::layer}, kRmsNormModulate{false, Norm::rms};
+constexpr Kind kGateResidual{true, Norm::none};
+constexpr Kind kGateResidualModulate{true, Norm::layer}, kGateResidualRmsModulate{true, Norm::rms};
 
-// The mean is taken twice: `slip` is what rounding left over, and matters where |mean| is far above the deviation.
-template <typename T>
-VIDKERN_INLINE void normalize_token(
-    const T* x, const float* gain, const float* offset, T* y, float* mean, float* rstd, int64_t d, float eps) {
-  Sum total, rest, squares;
-  for_each_vec(d, [&](int64_t i, int k) VIDKERN_INLINE_LAMBDA { total.chain[k] += load(x + i); });
-  const float m = total.total() / float(d);
-  for_each_vec(d, [&](int64_t i, int k) VIDKERN_INLINE_LAMBDA {
-    const Vec centered = load(x + i) - m;
-    rest.chain[k] += centered;
-    squares.chain[k] += centered * centered;
-  });
-  const float slip = rest.total() / float(d), variance = squares.total() / float(d) - slip * slip;
-  const float r = 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + eps);
-  for_each_vec(d, [&](int64_t i, int) VIDKERN_INLINE_LAMBDA {
-    store(y + i, (load(x + i) - m - slip) * r * load(gain + i) + load(offset + i));
-  });
-  *mean = m + slip;
-  *rstd = r;
-}
-
-template <typename T>
-VIDKERN_INLINE void forward_runs(const Forward& a, int64_t begin, int64_t end) {
-  const int64_t d = a.runs.shape.d;
-  const auto vectors = std::make_unique<float[]>(2 * d);
-  float *gain = vectors.get(), *offset = gain + d;
-  for (int64_t index = begin; index < end; ++index) {
-    const Run run = a.runs[index];
-    load_vector(a.scale, run.b, run.f, 1.0f, gain, d);
-    load_vector(a.shift, run.b, run.f, 0.0f, offset, d);
-    for (int64_t n = run.first; n < run.last; ++n) {
-      const int64_t token = (run.b * a.runs.shape.f + run.f) * a.runs.shape.n + n;
-      const T* x = static_cast<const T*>(a.x.data) + a.x.offset(run.b, run.f, n);
-      T* y = static_cast<T*>(a.y.data) + a.y.offset(run.b, run.f, n);
-      normalize_token(x, gain, offset, y, a.mean + token, a.rstd + token, d, a.eps);
-    }
-  }
-}
-
-VIDKERN_CLONES void forward(const Forward& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case Dtype::float32: return forward_runs<float>(a, begin, end);
-    case Dtype::bfloat16: return forward_runs<bfloat16>(a, begin, end);
-    case Dtype::float16: return forward_runs<float16>(a, begin, end);
-  }
-}
-
-struct Backward {
-  Runs runs;
-  Dtype dtype;
-  Tokens dy, x, dx;
-  FrameVector scale;
-  const float *mean, *rstd;
-  float *dshift, *dscale;  // (B, F, runs, D)
-};
-
-template <typename T>
-VIDKERN_INLINE void normalize_token_backward(
-    const T* dy, const T* x, const float* gain, float mean, float rstd, T* dx, float* dshift, float* dscale, int64_t d) {
-  Sum grad, along;
-  for_each_vec(d, [&](int64_t i, int k) VIDKERN_INLINE_LAMBDA {
-    const Vec dyi = load(dy + i), normed = (load(x + i) - mean) * rstd, dnormed = dyi * load(gain + i);
-    grad.chain[k] += dnormed;
-    along.chain[k] += dnormed * normed;
-    store(dshift + i, load(dshift + i) + dyi);
-    store(dscale + i, load(dscale + i) + dyi * normed);
-  });
-  const float grad_mean = grad.total() / float(d), along_mean = along.total() / float(d);
-  for_each_vec(d, [&](int64_t i, int) VIDKERN_INLINE_LAMBDA {
-    const Vec normed = (load(x + i) - mean) * rstd, dnormed = load(dy + i) * load(gain + i);
-    store(dx + i, rstd * (dnormed - grad_mean - normed * along_mean));
-  });
-}
-
-template <typename T>
-VIDKERN_INLINE void backward_runs(const Backward& a, int64_t begin, int64_t end) {
-  const int64_t d = a.runs.shape.d;
-  const auto gain = std::make_unique<float[]>(d);
-  for (int64_t index = begin; index < end; ++index) {
-    const Run run = a.runs[index];
-    float *dshift = a.dshift + index * d, *dscale = a.dscale + index * d;
-    load_vector(a.scale, run.b, run.f, 1.0f, gain.get(), d);
-    std::fill_n(dshift, d, 0.0f);
-    std::fill_n(dscale, d, 0.0f);
-    for (int64_t n = run.first; n < run.last; ++n) {
-      const int64_t token = (run.b * a.runs.shape.f + run.f) * a.runs.shape.n + n;
-      const T* dy = static_cast<const T*>(a.dy.data) + a.dy.offset(run.b, run.f, n);
-      const T* x = static_cast<const T*>(a.x.data) + a.x.offset(run.b, run.f, n);
-      T* dx = static_cast<T*>(a.dx.data) + a.dx.offset(run.b, run.f, n);
-      normalize_token_backward(dy, x, gain.get(), a.mean[token], a.rstd[token], dx, dshift, dscale, d);
-    }
-  }
-}
-
-VIDKERN_CLONES void backward(const Backward& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case Dtype::float32: return backward_runs<float>(a, begin, end);
-    case Dtype::bfloat16: return backward_runs<bfloat16>(a, begin, end);
-    case Dtype::float16: return backward_runs<float16>(a, begin, end);
-  }
-}
+Runs runs_of(const Tensor& tokens) { return Runs(shape_of(tokens), kRunLength); }
 
 template <typename F>
 void for_each_run(const Runs& runs, F f) {
   const int64_t elements = runs.length * runs.shape.d;
   torch::stable::parallel_for(0, runs.count(), (kElementsPerThread + elements - 1) / elements, f);
+}
+
+template <typename T>
+VIDKERN_INLINE T* at(const Tokens& tokens, int64_t b, int64_t f, int64_t n) {
+  return tokens.data ? static_cast<T*>(tokens.data) + tokens.offset(b, f, n) : nullptr;
+}
+
+// --- forward: what a member of the family does not have stays null ---
+
+struct Forward {
+  Runs runs;
+  Dtype dtype;
+  Tokens x = {}, y = {}, z = {}, h = {};
+  FrameVector gate = {}, shift = {}, scale = {};
+  float *mean = nullptr, *rstd = nullptr;  // (B, F, N)
+  float eps = 0.0f;
+};
+
+template <Kind kind, typename T>
+VIDKERN_INLINE void forward_runs(const Forward& a, int64_t begin, int64_t end) {
+  const int64_t d = a.runs.shape.d;
+  const Scratch scratch(4, d);
+  float *gate = scratch.row(0), *gain = scratch.row(1), *shift = scratch.row(2);
+  const ForwardRows rows{gate, gain, shift, scratch.row(3)};
+  for (int64_t index = begin; index < end; ++index) {
+    const auto [b, f, first, last] = a.runs[index];
+    if constexpr (kind.residual) load_vector(a.gate, b, f, 0.0f, gate, d);
+    if constexpr (kind.norm != Norm::none) {
+      load_vector(a.scale, b, f, 1.0f, gain, d);
+      load_vector(a.shift, b, f, 0.0f, shift, d);
+    }
+    for (int64_t n = first; n < last; ++n) {
+      const ForwardToken<T> token{at<T>(a.x, b, f, n), at<T>(a.y, b, f, n), at<T>(a.z, b, f, n), at<T>(a.h, b, f, n)};
+      const Statistics statistics = forward_token<kind>(token, rows, d, a.eps);
+      const int64_t position = (b * a.runs.shape.f + f) * a.runs.shape.n + n;
+      if constexpr (kind.norm == Norm::layer) a.mean[position] = statistics.mean;
+      if constexpr (kind.norm != Norm::none) a.rstd[position] = statistics.rstd;
+    }
+  }
+}
+
+template <Kind kind>
+VIDKERN_CLONES void forward_range(const Forward& a, int64_t begin, int64_t end) {
+  switch (a.dtype) {
+    case Dtype::float32: return forward_runs<kind, float>(a, begin, end);
+    case Dtype::bfloat16: return forward_runs<kind, bfloat16>(a, begin, end);
+    case Dtype::float16: return forward_runs<kind, float16>(a, begin, end);
+  }
+}
+
+template <Kind kind>
+void forward(const Forward& a) {
+  for_each_run(a.runs, [&](int64_t begin, int64_t end) { forward_range<kind>(a, begin, end); });
+}
+
+// --- backward ---
+
+struct Backward {
+  Runs runs;
+  Dtype dtype;
+  Tokens dh = {}, dz = {}, x = {}, y = {}, dx = {}, dy = {};
+  FrameVector gate = {}, scale = {};
+  const float *mean = nullptr, *rstd = nullptr;                   // (B, F, N)
+  float *dgate = nullptr, *dshift = nullptr, *dscale = nullptr;  // (B, F, runs, D)
+};
+
+template <Kind kind, typename T>
+VIDKERN_INLINE void backward_runs(const Backward& a, int64_t begin, int64_t end) {
+  const int64_t d = a.runs.shape.d;
+  const Scratch scratch(4, d);
+  float *gate = scratch.row(0), *gain = scratch.row(1);
+  for (int64_t index = begin; index < end; ++index) {
+    const auto [b, f, first, last] = a.runs[index];
+    const BackwardRows rows{gate, gain, a.dgate + index * d, a.dshift + index * d, a.dscale + index * d,
+                            scratch.row(2), scratch.row(3)};
+    if constexpr (kind.residual) {
+      load_vector(a.gate, b, f, 0.0f, gate, d);
+      std::fill_n(rows.dgate, d, 0.0f);
+    }
+    if constexpr (kind.norm != Norm::none) {
+      load_vector(a.scale, b, f, 1.0f, gain, d);
+      std::fill_n(rows.dshift, d, 0.0f);
+      std::fill_n(rows.dscale, d, 0.0f);
+    }
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t position = (b * a.runs.shape.f + f) * a.runs.shape.n + n;
+      const Statistics statistics{kind.norm == Norm::layer ? a.mean[position] : 0.0f,
+                                  kind.norm != Norm::none ? a.rstd[position] : 0.0f};
+      const BackwardToken<T> token{at<T>(a.dh, b, f, n), at<T>(a.dz, b, f, n), at<T>(a.x, b, f, n), at<T>(a.y, b, f, n),
+                                   at<T>(a.dx, b, f, n), at<T>(a.dy, b, f, n), statistics};
+      backward_token<kind>(token, rows, d);
+    }
+  }
+}
+
+template <Kind kind>
+VIDKERN_CLONES void backward_range(const Backward& a, int64_t begin, int64_t end) {
+  switch (a.dtype) {
+    case Dtype::float32: return backward_runs<kind, float>(a, begin, end);
+    case Dtype::bfloat16: return backward_runs<kind, bfloat16>(a, begin, end);
+    case Dtype::float16: return backward_runs<kind, float16>(a, begin, end);
+  }
+}
+
+template <Kind kind>
+void backward(const Backward& a) {
+  for_each_run(a.runs, [&](int64_t begin, int64_t end) { backward_range<kind>(a, begin, end); });
+}
+
+// --- gradients of vectors: a row for each run, then the rows of a frame in their order ---
+
+Tensor empty_partial(const Runs& runs, const Tensor& tokens) {
+  return empty_beside(tokens, {runs.shape.b, runs.shape.f, runs.per_frame, runs.shape.d}, ScalarType::Float);
 }
 
 VIDKERN_CLONES void add_rows(const float* rows, int64_t count, float* sums, int64_t d) {
@@ -138,7 +146,7 @@ VIDKERN_CLONES void add_rows(const float* rows, int64_t count, float* sums, int6
   });
 }
 
-// (B, F, runs, D) -> (B, F, D), in the order of the runs.
+// (B, F, runs, D) -> (B, F, D)
 Tensor sum_runs(const Tensor& partial) {
   const int64_t b = partial.size(0), f = partial.size(1), runs = partial.size(2), d = partial.size(3);
   const Tensor sums = empty_beside(partial, {b, f, d}, ScalarType::Float);
@@ -150,27 +158,111 @@ Tensor sum_runs(const Tensor& partial) {
   return sums;
 }
 
+// --- operators ---
+
+float* floats(const Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
+const float* const_floats(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
+
 std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate(
     const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
   const Tensor y = empty_tokens(x), mean = empty_statistics(x), rstd = empty_statistics(x);
-  const Runs runs(shape_of(x), kRunLength);
-  const Forward a{runs, dtype_of(x), tokens_of(x), tokens_of(y), vector_of(shift), vector_of(scale),
-                  mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>(), float(eps)};
-  for_each_run(runs, [&](int64_t begin, int64_t end) { forward(a, begin, end); });
+  forward<kLayerNormModulate>({.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .h = tokens_of(y),
+                               .shift = vector_of(shift), .scale = vector_of(scale),
+                               .mean = floats(mean), .rstd = floats(rstd), .eps = float(eps)});
   return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
+  const Tensor y = empty_tokens(x), rstd = empty_statistics(x);
+  forward<kRmsNormModulate>({.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .h = tokens_of(y),
+                             .shift = vector_of(shift), .scale = vector_of(scale),
+                             .rstd = floats(rstd), .eps = float(eps)});
+  return {y, rstd};
+}
+
+Tensor gate_residual(const Tensor& x, const Tensor& y, const Tensor& gate) {
+  const Tensor z = empty_tokens(x);
+  forward<kGateResidual>({.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .y = tokens_of(y),
+                          .z = tokens_of(z), .gate = vector_of(gate)});
+  return z;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_modulate(
+    const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift, const Tensor& scale, double eps) {
+  const Tensor z = empty_tokens(x), h = empty_tokens(x), mean = empty_statistics(x), rstd = empty_statistics(x);
+  forward<kGateResidualModulate>({.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .y = tokens_of(y),
+                                  .z = tokens_of(z), .h = tokens_of(h), .gate = vector_of(gate),
+                                  .shift = vector_of(shift), .scale = vector_of(scale),
+                                  .mean = floats(mean), .rstd = floats(rstd), .eps = float(eps)});
+  return {z, h, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gate_residual_rms_modulate(
+    const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift, const Tensor& scale, double eps) {
+  const Tensor z = empty_tokens(x), h = empty_tokens(x), rstd = empty_statistics(x);
+  forward<kGateResidualRmsModulate>({.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .y = tokens_of(y),
+                                     .z = tokens_of(z), .h = tokens_of(h), .gate = vector_of(gate),
+                                     .shift = vector_of(shift), .scale = vector_of(scale),
+                                     .rstd = floats(rstd), .eps = float(eps)});
+  return {z, h, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward(
     const Tensor& dy, const Tensor& x, const Tensor& scale, const Tensor& mean, const Tensor& rstd) {
-  const Runs runs(shape_of(x), kRunLength);
-  const Tensor dx = empty_tokens(x);
-  const Tensor dshift = empty_beside(x, {x.size(0), x.size(1), runs.per_frame, x.size(3)}, ScalarType::Float);
-  const Tensor dscale = empty_beside(x, {x.size(0), x.size(1), runs.per_frame, x.size(3)}, ScalarType::Float);
-  const Backward a{runs, dtype_of(x), tokens_of(dy), tokens_of(x), tokens_of(dx), vector_of(scale),
-                   mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(),
-                   dshift.mutable_data_ptr<float>(), dscale.mutable_data_ptr<float>()};
-  for_each_run(runs, [&](int64_t begin, int64_t end) { backward(a, begin, end); });
+  const Runs runs = runs_of(x);
+  const Tensor dx = empty_tokens(x), dshift = empty_partial(runs, x), dscale = empty_partial(runs, x);
+  backward<kLayerNormModulate>({.runs = runs, .dtype = dtype_of(x), .dh = tokens_of(dy), .x = tokens_of(x),
+                                .dx = tokens_of(dx), .scale = vector_of(scale),
+                                .mean = const_floats(mean), .rstd = const_floats(rstd),
+                                .dshift = floats(dshift), .dscale = floats(dscale)});
   return {dx, sum_runs(dshift), sum_runs(dscale)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_modulate_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& scale, const Tensor& rstd) {
+  const Runs runs = runs_of(x);
+  const Tensor dx = empty_tokens(x), dshift = empty_partial(runs, x), dscale = empty_partial(runs, x);
+  backward<kRmsNormModulate>({.runs = runs, .dtype = dtype_of(x), .dh = tokens_of(dy), .x = tokens_of(x),
+                              .dx = tokens_of(dx), .scale = vector_of(scale), .rstd = const_floats(rstd),
+                              .dshift = floats(dshift), .dscale = floats(dscale)});
+  return {dx, sum_runs(dshift), sum_runs(dscale)};
+}
+
+std::tuple<Tensor, Tensor> gate_residual_backward(const Tensor& dz, const Tensor& y, const Tensor& gate) {
+  const Runs runs = runs_of(y);
+  const Tensor dy = empty_tokens(y), dgate = empty_partial(runs, y);
+  backward<kGateResidual>({.runs = runs, .dtype = dtype_of(y), .dz = tokens_of(dz), .y = tokens_of(y),
+                           .dy = tokens_of(dy), .gate = vector_of(gate), .dgate = floats(dgate)});
+  return {dy, sum_runs(dgate)};
+}
+
+using ResidualGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <Kind kind>
+ResidualGradients residual_norm_backward(
+    const Tensor& dh, const std::optional<Tensor>& dz, const Tensor& x, const Tensor& y, const Tensor& gate,
+    const Tensor& scale, const float* mean, const float* rstd) {
+  const Runs runs = runs_of(x);
+  const Tensor dx = empty_tokens(x), dy = empty_tokens(x);
+  const Tensor dgate = empty_partial(runs, x), dshift = empty_partial(runs, x), dscale = empty_partial(runs, x);
+  backward<kind>({.runs = runs, .dtype = dtype_of(x), .dh = tokens_of(dh), .dz = dz ? tokens_of(*dz) : Tokens{},
+                  .x = tokens_of(x), .y = tokens_of(y), .dx = tokens_of(dx), .dy = tokens_of(dy),
+                  .gate = vector_of(gate), .scale = vector_of(scale), .mean = mean, .rstd = rstd,
+                  .dgate = floats(dgate), .dshift = floats(dshift), .dscale = floats(dscale)});
+  return {dx, dy, sum_runs(dgate), sum_runs(dshift), sum_runs(dscale)};
+}
+
+ResidualGradients gate_residual_modulate_backward(
+    const Tensor& dh, std::optional<Tensor> dz, const Tensor& x, const Tensor& y, const Tensor& gate,
+    const Tensor& scale, const Tensor& mean, const Tensor& rstd) {
+  return residual_norm_backward<kGateResidualModulate>(
+      dh, dz, x, y, gate, scale, const_floats(mean), const_floats(rstd));
+}
+
+ResidualGradients gate_residual_rms_modulate_backward(
+    const Tensor& dh, std::optional<Tensor> dz, const Tensor& x, const Tensor& y, const Tensor& gate,
+    const Tensor& scale, const Tensor& rstd) {
+  return residual_norm_backward<kGateResidualRmsModulate>(dh, dz, x, y, gate, scale, nullptr, const_floats(rstd));
 }
 
 }  // namespace
@@ -179,11 +271,31 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cpu, m) {
   m.def("layer_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("layer_norm_modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd)"
         " -> (Tensor, Tensor, Tensor)");
+  m.def("rms_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)");
+  m.def("rms_norm_modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor rstd) -> (Tensor, Tensor, Tensor)");
+  m.def("gate_residual(Tensor x, Tensor y, Tensor gate) -> Tensor");
+  m.def("gate_residual_backward(Tensor dz, Tensor y, Tensor gate) -> (Tensor, Tensor)");
+  m.def("gate_residual_modulate(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gate_residual_modulate_backward(Tensor dh, Tensor? dz, Tensor x, Tensor y, Tensor gate, Tensor scale,"
+        " Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gate_residual_rms_modulate(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
+        " -> (Tensor, Tensor, Tensor)");
+  m.def("gate_residual_rms_modulate_backward(Tensor dh, Tensor? dz, Tensor x, Tensor y, Tensor gate, Tensor scale,"
+        " Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vidkern_cpu, CPU, m) {
   m.impl("layer_norm_modulate", TORCH_BOX(&layer_norm_modulate));
   m.impl("layer_norm_modulate_backward", TORCH_BOX(&layer_norm_modulate_backward));
+  m.impl("rms_norm_modulate", TORCH_BOX(&rms_norm_modulate));
+  m.impl("rms_norm_modulate_backward", TORCH_BOX(&rms_norm_modulate_backward));
+  m.impl("gate_residual", TORCH_BOX(&gate_residual));
+  m.impl("gate_residual_backward", TORCH_BOX(&gate_residual_backward));
+  m.impl("gate_residual_modulate", TORCH_BOX(&gate_residual_modulate));
+  m.impl("gate_residual_modulate_backward", TORCH_BOX(&gate_residual_modulate_backward));
+  m.impl("gate_residual_rms_modulate", TORCH_BOX(&gate_residual_rms_modulate));
+  m.impl("gate_residual_rms_modulate_backward", TORCH_BOX(&gate_residual_rms_modulate_backward));
 }
 
 }  // namespace vidkern::cpu

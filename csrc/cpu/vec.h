@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 #include "common/layout.h"
 
@@ -22,6 +23,7 @@ constexpr int64_t kLanes = 8;
 using Vec = float __attribute__((vector_size(32)));
 using VecBits = uint32_t __attribute__((vector_size(32)));
 using VecHalf = uint16_t __attribute__((vector_size(16)));
+using VecHalves = uint16_t __attribute__((vector_size(32)));
 
 // 16-bit floats as they lie in memory.
 struct bfloat16 {
@@ -48,12 +50,16 @@ VIDKERN_INLINE Raw load_raw(const T* p) {
 
 VIDKERN_INLINE Vec load(const float* p) { return load_raw<Vec>(p); }
 
+// Shuffles with zeros widen in one or two instructions; __builtin_convertvector takes six.
 VIDKERN_INLINE Vec load(const bfloat16* p) {
-  return bit_cast<Vec>(__builtin_convertvector(load_raw<VecHalf>(p), VecBits) << 16);
+  const VecHalf bits = load_raw<VecHalf>(p), zeros = {};
+  return bit_cast<Vec>(__builtin_shufflevector(zeros, bits, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
 }
 
 VIDKERN_INLINE Vec load(const float16* p) {
-  const VecBits bits = __builtin_convertvector(load_raw<VecHalf>(p), VecBits);
+  const VecHalf half = load_raw<VecHalf>(p), zeros = {};
+  const VecBits bits = bit_cast<VecBits>(
+      __builtin_shufflevector(half, zeros, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
   const VecBits sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
   const VecBits scaled = bit_cast<VecBits>(bit_cast<Vec>(magnitude) * 0x1p112f);  // the exponents' biases differ by 112
   const VecBits special = magnitude | 0x7f800000u;                               // Inf and NaN
@@ -63,11 +69,11 @@ VIDKERN_INLINE Vec load(const float16* p) {
 VIDKERN_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 
 VIDKERN_INLINE void store(bfloat16* p, Vec v) {
-  const VecBits bits = bit_cast<VecBits>(v);
-  const VecBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const VecBits quiet = (bits >> 16) | 0x40u;
-  const VecHalf half = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, VecHalf);
-  std::memcpy(p, &half, sizeof(half));
+  const VecBits bits = bit_cast<VecBits>(v), nan = VecBits{} + 0x7fc00000u;
+  const VecBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+  const VecHalves halves = bit_cast<VecHalves>(v == v ? rounded : nan);
+  const VecHalf upper = __builtin_shufflevector(halves, halves, 1, 3, 5, 7, 9, 11, 13, 15);
+  std::memcpy(p, &upper, sizeof(upper));
 }
 
 VIDKERN_INLINE void store(float16* p, Vec v) {
@@ -85,6 +91,21 @@ VIDKERN_INLINE void store(float16* p, Vec v) {
 VIDKERN_INLINE float sum(Vec v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
+
+// Rows of D floats that one thread works in.
+class Scratch {
+ public:
+  Scratch(int64_t rows, int64_t d) : lines_(std::make_unique_for_overwrite<Line[]>((rows * d + 15) / 16)), d_(d) {}
+
+  float* row(int64_t index) const { return lines_[0].values + index * d_; }
+
+ private:
+  struct alignas(64) Line {
+    float values[16];
+  };
+  std::unique_ptr<Line[]> lines_;
+  int64_t d_;
+};
 
 // A sum over a row: four chains of additions in flight, joined in a fixed order.
 struct Sum {

@@ -47,16 +47,18 @@ __global__ void __maxnreg__(C::kRegisters + (sizeof(T) == 4 ? 8 : 0)) layer_norm
   const T* x_run = static_cast<const T*>(a.x.data) + a.x.offset(run.b, run.f, run.first);
   T* y_run = static_cast<T*>(a.y.data) + a.y.offset(run.b, run.f, run.first);
   const int64_t first_token = (run.b * a.runs.shape.f + run.f) * a.runs.shape.n + run.first;
-  float scale[C::kPacks][kPack], shift[C::kPacks][kPack];
+  float scale[1][C::kPacks][kPack], shift[1][C::kPacks][kPack];
   load_vector(a.scale, run, d, scale);
   load_vector(a.shift, run, d, shift);
 
 #pragma unroll 1
   for (int n = 0; n < tokens; n += C::kTokens) {
     float x[C::kTokens][C::kPacks][kPack], total[C::kTokens], moment[2 * C::kTokens];
+    Pack<T> x_packs[C::kTokens][C::kPacks];
+    load_rows(x_run + n * a.x.stride_n, a.x.stride_n, a.x.aligned, tokens - n, d, x_packs);
+    widen(x_packs, x);
 #pragma unroll
     for (int t = 0; t < C::kTokens; ++t) {
-      load_row(x_run + (n + t) * a.x.stride_n, n + t < tokens ? d : 0, x[t]);
       total[t] = 0.0f;
       for_each_element<C::kPacks>([&](int p, int i) { total[t] += x[t][p][i]; });
     }
@@ -78,7 +80,7 @@ __global__ void __maxnreg__(C::kRegisters + (sizeof(T) == 4 ? 8 : 0)) layer_norm
       const float slip = moment[2 * t] * inverse_d, variance = moment[2 * t + 1] * inverse_d - slip * slip;
       const float rstd = rsqrtf((variance < 0.0f ? 0.0f : variance) + a.eps);
       for_each_element<C::kPacks>([&](int p, int i) {
-        x[t][p][i] = (x[t][p][i] - slip) * rstd * (1.0f + scale[p][i]) + shift[p][i];
+        x[t][p][i] = (x[t][p][i] - slip) * rstd * (1.0f + scale[0][p][i]) + shift[0][p][i];
       });
       store_row(y_run + (n + t) * a.y.stride_n, d, x[t]);
       if (threadIdx.x == 0) {
@@ -108,7 +110,7 @@ __global__ void __maxnreg__(C::kRegisters + (sizeof(T) == 4 ? 8 : 0)) layer_norm
   const T* x_run = static_cast<const T*>(a.x.data) + a.x.offset(run.b, run.f, run.first);
   T* dx_run = static_cast<T*>(a.dx.data) + a.dx.offset(run.b, run.f, run.first);
   const int64_t first_token = (run.b * a.runs.shape.f + run.f) * a.runs.shape.n + run.first;
-  float scale[C::kPacks][kPack], dshift[C::kPacks][kPack] = {}, dscale[C::kPacks][kPack] = {};
+  float scale[1][C::kPacks][kPack], dshift[C::kPacks][kPack] = {}, dscale[C::kPacks][kPack] = {};
   load_vector(a.scale, run, d, scale);
 
   int phase = 0;
@@ -116,11 +118,14 @@ __global__ void __maxnreg__(C::kRegisters + (sizeof(T) == 4 ? 8 : 0)) layer_norm
   for (int n = 0; n < tokens; n += C::kTokens, phase ^= 1) {
     float dy[C::kTokens][C::kPacks][kPack], x[C::kTokens][C::kPacks][kPack];
     float mean[C::kTokens], rstd[C::kTokens], sums[2 * C::kTokens];
+    Pack<T> dy_packs[C::kTokens][C::kPacks], x_packs[C::kTokens][C::kPacks];
+    load_rows(dy_run + n * a.dy.stride_n, a.dy.stride_n, a.dy.aligned, tokens - n, d, dy_packs);
+    load_rows(x_run + n * a.x.stride_n, a.x.stride_n, a.x.aligned, tokens - n, d, x_packs);
+    widen(dy_packs, dy);
+    widen(x_packs, x);
 #pragma unroll
     for (int t = 0; t < C::kTokens; ++t) {
       const bool inside = n + t < tokens;
-      load_row(dy_run + (n + t) * a.dy.stride_n, inside ? d : 0, dy[t]);
-      load_row(x_run + (n + t) * a.x.stride_n, inside ? d : 0, x[t]);
       mean[t] = inside ? a.mean[first_token + n + t] : 0.0f;
       rstd[t] = inside ? a.rstd[first_token + n + t] : 0.0f;
     }
@@ -132,7 +137,7 @@ __global__ void __maxnreg__(C::kRegisters + (sizeof(T) == 4 ? 8 : 0)) layer_norm
         normed = (normed - mean[t]) * rstd[t];
         dshift[p][i] += dnormed;
         dscale[p][i] += dnormed * normed;
-        dnormed *= 1.0f + scale[p][i];
+        dnormed *= 1.0f + scale[0][p][i];
         grad += dnormed;
         along += dnormed * normed;
       });
@@ -175,11 +180,11 @@ __global__ void sum_runs_kernel(const Sums a) {
   rows += frame * a.runs * a.d + i;
   float total[kPack] = {}, row[kPack];
   for (int64_t r = 0; r < a.runs; ++r) {
-    load(rows + r * a.d, row);
+    Pack<float>::aligned(rows + r * a.d).widen(row);
 #pragma unroll
     for (int k = 0; k < kPack; ++k) total[k] += row[k];
   }
-  store(sums + frame * a.d + i, total);
+  Pack<float>::round(total).store(sums + frame * a.d + i);
 }
 
 // One row of float32 for each run: what sum_runs adds up.

@@ -42,6 +42,11 @@ struct alignas(16) uint4 {
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the thread that runs now
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+template <typename T>
+void __stwb(T* p, T value) {
+  *p = value;
+}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 namespace emulator {

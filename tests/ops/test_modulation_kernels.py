@@ -166,14 +166,17 @@ def test_vectors_of_another_dtype(kernels, tokens_dtype, vectors_dtype):
         assert torch.equal(a, b)
 
 
-def test_strides_are_read_in_place(kernels):
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("start", [0, 3], ids=["aligned", "unaligned"])
+def test_strides_are_read_in_place(kernels, start, dtype):
     torch.manual_seed(5)
     batch, frames, tokens, channels = 2, 3, 6, 40
-    x = torch.randn(tokens, batch, 2 * channels, frames, device=kernels.device).permute(1, 3, 0, 2)
-    x = x.contiguous().transpose(0, 1).contiguous().transpose(0, 1)[:, :, ::2, channels:]
-    dy = torch.randn(batch, 1, 1, channels, device=kernels.device).expand(batch, frames, tokens // 2, channels)
-    shift = torch.randn(batch, 1, channels, device=kernels.device).expand(batch, frames, channels)
-    scale = torch.randn(1, frames, channels, device=kernels.device).expand(batch, frames, channels)
+    wide = torch.randn(frames, batch, 2 * tokens, 2 * channels, device=kernels.device).to(dtype).transpose(0, 1)
+    x = wide[:, :, ::2, start : start + channels]
+    vectors = torch.randn(batch, frames, 2 * channels, device=kernels.device).to(dtype)[..., start : start + channels]
+    shift = vectors[:, :1].expand(batch, frames, channels)
+    scale = vectors[:1].expand(batch, frames, channels)
+    dy = wide[:, :1, 1:2, start : start + channels].expand(batch, frames, tokens, channels)
     check(kernels, x, shift, scale, dy)
 
 
