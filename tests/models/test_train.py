@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import train
+from models.data.latents import INDEX, Entry, Index
 from models.data.write import write_mp4
 from models.latte import Latte
 from models.training import checkpointing, step
@@ -253,6 +254,23 @@ def test_a_diverging_run_stops_before_it_is_saved(tmp_path: Path, capsys: pytest
     assert "nan" in said[0]
     assert "at step" in said[0]
     assert not list((tmp_path / "checkpoints").glob("*")) if (tmp_path / "checkpoints").exists() else True
+
+
+def test_latents_are_scaled_windows_of_what_was_encoded(tmp_path: Path) -> None:
+    mean = torch.randn(7, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    save_file({"0.mean": mean, "0.std": torch.zeros_like(mean)}, folder / "shard.safetensors")
+    index = Index(
+        "vae", "", 0.5, 0.0, "float32", (32, 32), False, ["a"], [Entry("v", 0, 7, False, "shard.safetensors")]
+    )
+    (folder / INDEX).write_text(index.to_json())
+    settings = config(tmp_path / "run", data__kind="latents", data__path=folder, model__in_channels=4)
+    run = step.make_run(settings, WORLD)
+    x0, conditions = next(iter(Batches(settings, WORLD, 0)))
+    for clip in x0:
+        assert any(torch.equal(clip, 0.5 * mean[start : start + 4]) for start in range(4))
+    assert step.train_step(run, x0, conditions)[1].item() == pytest.approx(1, rel=0.1)
 
 
 def test_images_join_the_clips_of_videos(tmp_path: Path) -> None:
