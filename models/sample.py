@@ -53,7 +53,7 @@ class SampleConfig:
     image: str | None = None
     """An image file: the one given frame."""
     frames: tuple[str, ...] = ()
-    """Image files: the given frames in order."""
+    """Image files: the given frames in the order of time."""
     clip: tuple[str, ...] = ()
     """A video file that has the given frames at their places; two for a transition."""
     given: tuple[int, ...] = ()
