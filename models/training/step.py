@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import TrainConfig
-from models.latte import Latte
+from models.latte import Latte, LatteConfig
 from models.training.distributed import World, distribute, gradient_exchange
 from models.training.ema import update_ema
 from models.training.metrics import say
@@ -46,7 +46,11 @@ class Run:
 
 
 def make_run(config: TrainConfig, world: World) -> Run:
-    """Build a run at step 0, the same in every process."""
+    """Build a run at step 0, the same in every process.
+
+    Raises ValueError for a network that the operators do not serve.
+    """
+    check_network(config.model)
     seed_process(config.seed)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as the papers' code trains
@@ -67,6 +71,14 @@ def make_run(config: TrainConfig, world: World) -> Run:
         generator=torch.Generator(world.device),
         keys=KeyStream(config.seed, world.device),
     )
+
+
+def check_network(config: LatteConfig) -> None:
+    """Run the network on a clip without data, so that a size that no operator takes is told before the first step."""
+    with torch.device("meta"):
+        y = None if config.num_classes is None else torch.zeros(1, dtype=torch.int64)
+        clip = torch.zeros(1, config.num_frames, config.in_channels, *config.frame_size)
+        Latte(config).eval()(clip, torch.zeros(1, dtype=torch.int64), y)
 
 
 def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:

@@ -339,6 +339,7 @@ def test_a_full_disk_takes_sample_clips_only(
         ({"resume": "nowhere.pt"}, "no checkpoint at nowhere.pt"),
         ({"data__kind": "videos", "data__path": "nowhere"}, "no folder, manifest or file of videos at nowhere"),
         ({"data__kind": "latents", "data__path": "nowhere"}, "no latents at nowhere"),
+        ({"model__num_heads": 4}, "qkv must have a head size d of"),
         ({"model__in_channels": 2}, "channels must be 1 or 3, got 2"),
         ({"run_dir": "/dev/null/run"}, "cannot write /dev/null/run/config.yaml"),
     ],
