@@ -212,6 +212,7 @@ __device__ inline void block_sum(float (&v)[kValues], Shared<float, kSize>& scra
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kValues; ++i) v[i] = 0.0f;
+#pragma unroll 1  // short, and its length is not known
   for (int w = 0; w < warps; ++w) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) v[i] += scratch[w * kValues + i];
