@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import vidkern
 from tests.ops.common import assert_compiles_once, assert_value_and_grads
 from vidkern import ops
 
@@ -127,14 +128,37 @@ def test_empty_tensors(operator, shape):
 
 
 @every_operator
-def test_float32_vectors_beside_bfloat16_tokens(operator):
+@pytest.mark.parametrize("tokens_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vectors_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_vectors_of_another_dtype_than_the_tokens(operator, tokens_dtype, vectors_dtype):
     torch.manual_seed(0)
-    _, tokens, _, _ = OPERATORS[operator]
-    inputs = inputs_of(operator, (2, 3, 4, 16), torch.bfloat16)
-    wide = [tensor.float() for tensor in inputs[tokens:]]
-    for got, wanted in zip(_outputs(operator(*inputs[:tokens], *wide)), _outputs(operator(*inputs)), strict=True):
-        assert got.dtype == torch.bfloat16
-        assert torch.equal(got, wanted)
+    plain, tokens, _, _ = OPERATORS[operator]
+    inputs = inputs_of(operator, (2, 3, 4, 16))
+    mixed = [x.to(tokens_dtype if i < tokens else vectors_dtype).requires_grad_() for i, x in enumerate(inputs)]
+    exact = [x.detach().double().requires_grad_() for x in mixed]
+    got, wanted = _outputs(operator(*mixed)), _outputs(plain(*exact))
+    grads = torch.autograd.grad([out.square().sum() for out in got], mixed)
+    exact_grads = torch.autograd.grad([out.square().sum() for out in wanted], exact)
+    for ours, truth in zip((*got, *grads), (*wanted, *exact_grads), strict=True):
+        coarsest = max(torch.finfo(dtype).eps for dtype in (tokens_dtype, vectors_dtype))
+        bound = 4 * max(coarsest, 1e-6) * float(truth.detach().abs().max())
+        torch.testing.assert_close(ours.detach().double(), truth.detach(), rtol=0, atol=bound)
+    assert all(out.dtype == tokens_dtype for out in got)
+    assert [grad.dtype for grad in grads] == [x.dtype for x in mixed]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("mean", "deviation"), [(1e3, 1.0), (20.0, 0.0), (0.0, 1e-4)])
+def test_statistics_of_far_tiny_and_constant_rows(dtype, mean, deviation):
+    torch.manual_seed(0)
+    shape = (2, 2, 5, 64)
+    x = mean + deviation * torch.randn(shape, dtype=torch.float64)
+    shift, scale = torch.randn(2, 2, 128, dtype=torch.float64).chunk(2, -1)
+    for backend in ("reference", None):
+        with vidkern.backend(backend):
+            assert_value_and_grads(
+                ops.layer_norm_modulate, plain_layer_norm_modulate, [x, shift, scale], [torch.randn(shape)], dtype
+            )
 
 
 @every_operator
@@ -173,7 +197,12 @@ BAD = [
         TypeError,
         "scale must be float32, got bfloat16",
     ),
-    ("half vectors beside float32", (X, V.half(), V.half()), TypeError, "shift must be float32, got float16"),
+    (
+        "float64 vectors",
+        (X, V.double(), V.double()),
+        TypeError,
+        "shift must be float32 or bfloat16 or float16, got float64",
+    ),
     ("vectors on another device", (X, V.to("meta"), V), ValueError, f"shift must be on the device of x ({X.device})"),
     ("eps of zero", (X, V, V, 0.0), ValueError, "eps must be a positive number, got 0.0"),
 ]

@@ -15,6 +15,9 @@ from vidkern.ops.modulation import reference
 GRANULE = 8
 MAX_CHANNELS = 8192
 
+#: What kernels read; the vectors of float32 tokens come in 16 bits under autocast, and the other way round.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 _TRITON = "vidkern.ops.modulation.triton_kernels"
 
 
@@ -28,7 +31,8 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
 
     Args:
         x: (B, F, N, D) tokens, unit stride in D, any other strides; D a multiple of 8, at most 8192.
-        shift: (B, F, D) with unit stride in D and any other strides, 0 included; in x's dtype or float32.
+        shift: (B, F, D) with unit stride in D and any other strides, 0 included; float32, float16 or bfloat16, whatever
+            x's dtype (float64 beside float64).
         scale: as ``shift``, in the same dtype.
         eps: added to the variance.
 
@@ -64,7 +68,8 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     Args:
         x: (B, F, N, D) residual stream, unit stride in D, any other strides; D a multiple of 8, at most 8192.
         y: the branch, of x's shape and dtype, any strides with unit stride in D.
-        gate: (B, F, D) with unit stride in D and any other strides, 0 included; in x's dtype or float32.
+        gate: (B, F, D) with unit stride in D and any other strides, 0 included; float32, float16 or bfloat16, whatever
+            x's dtype (float64 beside float64).
 
     Returns:
         (B, F, N, D), contiguous, in x's dtype. Differentiable in x, y and gate.
@@ -91,7 +96,8 @@ def gate_residual_modulate(
     Args:
         x: (B, F, N, D) residual stream, unit stride in D, any other strides; D a multiple of 8, at most 8192.
         y: the branch, of x's shape and dtype, any strides with unit stride in D.
-        gate: (B, F, D) with unit stride in D and any other strides, 0 included; in x's dtype or float32.
+        gate: (B, F, D) with unit stride in D and any other strides, 0 included; float32, float16 or bfloat16, whatever
+            x's dtype (float64 beside float64).
         shift: as ``gate``, in the same dtype: of the next branch.
         scale: as ``gate``, in the same dtype: of the next branch.
         eps: added to the variance.
@@ -145,7 +151,7 @@ def _check_branch(x: Tensor, y: Tensor) -> None:
 
 def _check_vectors(x: Tensor, **vectors: Tensor) -> None:
     batch, frames, _, channels = x.shape
-    allowed: tuple[torch.dtype, ...] = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
+    allowed: tuple[torch.dtype, ...] = (x.dtype,) if x.dtype == torch.float64 else KERNEL_DTYPES
     for name, vector in vectors.items():
         _check.is_tensor(name, vector)
         _check.has_shape(name, vector, (batch, frames, channels), "(B, F, D)")

@@ -18,10 +18,12 @@ def _vector(vector: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _layer_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.mean(-1)
-    centred = x - mean.unsqueeze(-1)
+    rough_mean = x.mean(-1)
+    centred = x - rough_mean.unsqueeze(-1)
+    slip = centred.mean(-1)  # what rounding left over: it matters where |mean| is far above the deviation
+    centred = centred - slip.unsqueeze(-1)
     rstd = (centred.square().mean(-1) + eps).rsqrt()
-    return centred * rstd.unsqueeze(-1), mean, rstd
+    return centred * rstd.unsqueeze(-1), rough_mean + slip, rstd
 
 
 def _rms_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
