@@ -10,7 +10,7 @@
 namespace vidkern::cpu {
 namespace {
 
-constexpr int64_t kRunLength = 32;             // tokens
+constexpr int64_t kRunLength = 16;             // tokens: as many are added one after another in a vector's gradient
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 
 constexpr Kind kLayerNormModulate{false, Norm::layer}, kRmsNormModulate{false, Norm::rms};
@@ -25,12 +25,16 @@ void for_each_run(const Runs& runs, F f) {
   torch::stable::parallel_for(0, runs.count(), (kElementsPerThread + elements - 1) / elements, f);
 }
 
+// What a member of the family does not have stays null.
 template <typename T>
-VIDKERN_INLINE T* at(const Tokens& tokens, int64_t b, int64_t f, int64_t n) {
-  return tokens.data ? static_cast<T*>(tokens.data) + tokens.offset(b, f, n) : nullptr;
+VIDKERN_INLINE T* at(T* data, int64_t offset) {
+  return data != nullptr ? data + offset : nullptr;
 }
 
-// --- forward: what a member of the family does not have stays null ---
+template <typename T>
+VIDKERN_INLINE T* at(const Tokens& tokens, int64_t b, int64_t f, int64_t n) {
+  return at(static_cast<T*>(tokens.data), tokens.offset(b, f, n));
+}
 
 struct Forward {
   Runs runs;
@@ -78,8 +82,6 @@ void forward(const Forward& a) {
   for_each_run(a.runs, [&](int64_t begin, int64_t end) { forward_range<kind>(a, begin, end); });
 }
 
-// --- backward ---
-
 struct Backward {
   Runs runs;
   Dtype dtype;
@@ -92,12 +94,11 @@ struct Backward {
 template <Kind kind, typename T>
 VIDKERN_INLINE void backward_runs(const Backward& a, int64_t begin, int64_t end) {
   const int64_t d = a.runs.shape.d;
-  const Scratch scratch(4, d);
+  const Scratch scratch(2, d);
   float *gate = scratch.row(0), *gain = scratch.row(1);
   for (int64_t index = begin; index < end; ++index) {
     const auto [b, f, first, last] = a.runs[index];
-    const BackwardRows rows{gate, gain, a.dgate + index * d, a.dshift + index * d, a.dscale + index * d,
-                            scratch.row(2), scratch.row(3)};
+    const BackwardRows rows{gate, gain, at(a.dgate, index * d), at(a.dshift, index * d), at(a.dscale, index * d)};
     if constexpr (kind.residual) {
       load_vector(a.gate, b, f, 0.0f, gate, d);
       std::fill_n(rows.dgate, d, 0.0f);
@@ -132,8 +133,7 @@ void backward(const Backward& a) {
   for_each_run(a.runs, [&](int64_t begin, int64_t end) { backward_range<kind>(a, begin, end); });
 }
 
-// --- gradients of vectors: a row for each run, then the rows of a frame in their order ---
-
+// A row for each run; sum_runs adds the rows of a frame in their order.
 Tensor empty_partial(const Runs& runs, const Tensor& tokens) {
   return empty_beside(tokens, {runs.shape.b, runs.shape.f, runs.per_frame, runs.shape.d}, ScalarType::Float);
 }
@@ -157,8 +157,6 @@ Tensor sum_runs(const Tensor& partial) {
   });
   return sums;
 }
-
-// --- operators ---
 
 float* floats(const Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
 const float* const_floats(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }

@@ -75,11 +75,10 @@ VIDKERN_INLINE Statistics forward_token(const ForwardToken<T>& token, const Forw
   return {mean + slip, rstd};
 }
 
-// A frame's vectors in float32, sums over a run's tokens of the gradients of the vectors, and two rows to work in.
+// A frame's vectors in float32, and sums over a run's tokens of their gradients.
 struct BackwardRows {
   const float *gate, *gain;
   float *dgate, *dshift, *dscale;
-  float *normed, *dnormed;
 };
 
 template <typename T>
@@ -90,26 +89,30 @@ struct BackwardToken {
 };
 
 template <Kind kind, typename T>
+VIDKERN_INLINE Vec normed(const BackwardToken<T>& token, const BackwardRows& rows, int64_t i) {
+  const Vec z = residual<kind>(token.x, token.y, rows.gate, i);
+  return (kind.norm == Norm::layer ? z - token.statistics.mean : z) * token.statistics.rstd;
+}
+
+// The normed token is computed twice: a row that is written and read again would wait behind the stores of dx and dy.
+template <Kind kind, typename T>
 VIDKERN_INLINE void backward_token(const BackwardToken<T>& token, const BackwardRows& rows, int64_t d) {
-  const auto [mean, rstd] = token.statistics;
   Sum grad, along;
   if constexpr (kind.norm != Norm::none) {
     for_each_vec(d, [&](int64_t i, int k) VIDKERN_INLINE_LAMBDA {
-      const Vec z = residual<kind>(token.x, token.y, rows.gate, i), dh = load(token.dh + i);
-      const Vec normed = (kind.norm == Norm::layer ? z - mean : z) * rstd, dnormed = dh * load(rows.gain + i);
-      if constexpr (kind.norm == Norm::layer) grad.chain[k] += dnormed;
-      along.chain[k] += dnormed * normed;
+      const Vec n = normed<kind>(token, rows, i), dh = load(token.dh + i), dn = dh * load(rows.gain + i);
+      if constexpr (kind.norm == Norm::layer) grad.chain[k] += dn;
+      along.chain[k] += dn * n;
       store(rows.dshift + i, load(rows.dshift + i) + dh);
-      store(rows.dscale + i, load(rows.dscale + i) + dh * normed);
-      store(rows.normed + i, normed);
-      store(rows.dnormed + i, dnormed);
+      store(rows.dscale + i, load(rows.dscale + i) + dh * n);
     });
   }
   const float grad_mean = grad.total() / float(d), along_mean = along.total() / float(d);
   for_each_vec(d, [&](int64_t i, int) VIDKERN_INLINE_LAMBDA {
     Vec dz = {};
     if constexpr (kind.norm != Norm::none) {
-      dz = rstd * (load(rows.dnormed + i) - grad_mean - load(rows.normed + i) * along_mean);
+      const Vec n = normed<kind>(token, rows, i), dn = load(token.dh + i) * load(rows.gain + i);
+      dz = token.statistics.rstd * (dn - grad_mean - n * along_mean);
       if (kind.residual && token.dz != nullptr) dz += load(token.dz + i);
       store(token.dx + i, dz);
     } else {
