@@ -110,6 +110,7 @@ def _run(part: Part, log: Path, limit: float) -> int | None:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_hear_interrupts,
             )
         except OSError as error:
             output.write(f"{error}\n")
@@ -120,6 +121,11 @@ def _run(part: Part, log: Path, limit: float) -> int | None:
             return None
         finally:
             _end_group(process)
+
+
+def _hear_interrupts() -> None:
+    """Undo, in a child, the deafness to SIGINT that a shell's background jobs inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

@@ -26,7 +26,8 @@ def load_autoencoder(
         kind = AutoencoderKL.load_config(source, subfolder=folder).get("_class_name")
         if kind != "AutoencoderKL":
             raise ValueError(f"{name} holds a {kind}, want an AutoencoderKL")
-        vae = AutoencoderKL.from_pretrained(source, subfolder=folder, torch_dtype=dtype)
+        # loading with low memory use wants accelerate, which a model of this size can do without
+        vae = AutoencoderKL.from_pretrained(source, subfolder=folder, torch_dtype=dtype, low_cpu_mem_usage=False)
     except OSError as error:
         raise ValueError(f"cannot load an AutoencoderKL from {name}: {str(error).splitlines()[0]}") from error
     return vae.to(device).eval().requires_grad_(False)

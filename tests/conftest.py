@@ -12,7 +12,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the default device, and Triton's interpreter, before the test modules are imported."""
+    """Set the default device, and Triton's interpreter, before the test modules are imported.
+
+    Libraries sum in another order on another number of threads, and accuracy is compared with theirs: one thread.
+    """
+    torch.set_num_threads(1)
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     device = torch.device(config.getoption("--device"))

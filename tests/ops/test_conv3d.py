@@ -29,7 +29,7 @@ def around(size: int, dilation: int) -> tuple[int, int]:
 
 
 def plain_conv(x, weight, bias=None, cache=None, stride=1, dilation=1, time_pad="zeros", space_pad="zeros"):
-    """Pad by PyTorch's own modes, one after another, then convolve the whole clip."""
+    """Pad by PyTorch's own modes, one after another, then convolve the whole clip, channels last as ours is."""
     (kt, kh, kw), (dt, dh, dw) = weight.shape[2:], (dilation,) * 3 if isinstance(dilation, int) else dilation
     if cache is not None:
         x = torch.cat((cache, x), 2)
@@ -39,7 +39,7 @@ def plain_conv(x, weight, bias=None, cache=None, stride=1, dilation=1, time_pad=
         x = torch.cat([x[:, :, :1]] * ((kt - 1) * dt) + [x], 2)
     mode = "constant" if space_pad == "zeros" else space_pad
     x = F.pad(x, (*around(kw, dw), *around(kh, dh), 0, 0), mode=mode)
-    return F.conv3d(x, weight, bias, stride, 0, dilation)
+    return F.conv3d(x.contiguous(memory_format=torch.channels_last_3d), weight, bias, stride, 0, dilation)
 
 
 def written_out(x, weight, stride, dilation, time_pad, space_pad):
