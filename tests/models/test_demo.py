@@ -15,13 +15,13 @@ CONFIG = LatteConfig(
 
 def test_the_speed_table_measures_every_variant_and_that_ours_keeps_less(monkeypatch):
     monkeypatch.setattr(demo, "ROUNDS", 1)
-    speeds = demo.measure_speed(CONFIG, torch.randn(2, 3, 3, 8, 8))
+    speeds = demo.measure_speed(CONFIG, torch.randn(2, 3, 3, 8, 8), "bfloat16")
     assert list(speeds)[-1] == "vidkern"
     assert len(speeds) == 3
     assert all(speed.seconds > 0 for speed in speeds.values())
     public, _, ours = speeds.values()
     assert 0 < ours.kept < public.kept
-    rows = demo.speed_table(speeds, clips=2).splitlines()
+    rows = demo.speed_table(speeds, clips=2, precision="bfloat16").splitlines()
     assert rows[2].split("|")[3].strip() == "1.00"
     assert f"{2 / ours.seconds:.2f}" in rows[-1]
 
@@ -33,7 +33,7 @@ def test_a_baseline_that_computes_something_else_is_refused(monkeypatch):
 
     monkeypatch.setattr(demo, "PlainLatte", Wrong)
     with pytest.raises(SystemExit, match="does not compute the gradients that vidkern computes"):
-        demo.measure_speed(CONFIG, torch.randn(2, 3, 3, 8, 8))
+        demo.measure_speed(CONFIG, torch.randn(2, 3, 3, 8, 8), "bfloat16")
 
 
 def test_the_loss_curve_is_drawn_from_the_metrics(tmp_path):
