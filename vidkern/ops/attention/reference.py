@@ -116,8 +116,9 @@ def temporal_attention_packed_backward(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return o (G, L, H, d), attention over L in each group and head, and the scores' log-sum-exp (G, H, L)."""
-    scores = torch.einsum("glhd,gmhd->ghlm", _wide(q), _wide(k)) * scale
-    o = torch.einsum("ghlm,gmhd->glhd", scores.softmax(-1), _wide(v))
+    wide_q, wide_k, wide_v = (_wide(x).contiguous() for x in (q, k, v))
+    scores = torch.einsum("glhd,gmhd->ghlm", wide_q, wide_k) * scale
+    o = torch.einsum("ghlm,gmhd->glhd", scores.softmax(-1), wide_v)
     return o.to(q.dtype).contiguous(), scores.logsumexp(-1)
 
 
@@ -125,9 +126,9 @@ def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv)."""
-    wide_q, wide_k, wide_do = _wide(q), _wide(k), _wide(do)
+    wide_q, wide_k, wide_v, wide_do = (_wide(x).contiguous() for x in (q, k, v, do))
     p = (torch.einsum("glhd,gmhd->ghlm", wide_q, wide_k) * scale - lse.unsqueeze(-1)).exp()
-    dp = torch.einsum("glhd,gmhd->ghlm", wide_do, _wide(v))
+    dp = torch.einsum("glhd,gmhd->ghlm", wide_do, wide_v)
     delta = torch.einsum("glhd,glhd->ghl", wide_do, _wide(o))
     ds = p * (dp - delta.unsqueeze(-1))
     dq = torch.einsum("ghlm,gmhd->glhd", ds, wide_k) * scale
