@@ -46,6 +46,7 @@ OPERATORS = {
 }
 
 every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__)
+every_backend = pytest.mark.parametrize("backend", ["reference", None], ids=["reference", "automatic"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
@@ -77,6 +78,21 @@ def test_opcheck(operator):
     registered = getattr(torch.ops.vidkern, operator.__name__).default
     inputs = inputs_of(operator, (2, 3, 4, 16), torch.float32, requires_grad=True)
     torch.library.opcheck(registered, schema_inputs(operator, inputs))
+
+
+@every_operator
+@every_backend
+def test_opcheck_of_strided_tokens(operator, backend):
+    torch.manual_seed(0)
+    registered = getattr(torch.ops.vidkern, operator.__name__).default
+    inputs = [
+        tensor.transpose(0, 1).detach().requires_grad_() for tensor in inputs_of(operator, (3, 2, 4, 16), torch.float32)
+    ]
+    with vidkern.backend(backend):
+        torch.library.opcheck(registered, schema_inputs(operator, inputs))
+        outputs = registered(*schema_inputs(operator, inputs))
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    assert all(output.is_contiguous() for output in outputs)
 
 
 @every_operator

@@ -1,7 +1,8 @@
 """What the modulation operators mean, in plain PyTorch.
 
 Statistics, ``1 + scale`` and every sum are taken in float32 (float64 for float64 input), with one rounding at the
-end; so is the gradient of a vector, which is returned in that wider dtype.
+end; so is the gradient of a vector, which is returned in that wider dtype. Results are contiguous, whatever the
+inputs' strides.
 """
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that statistics and sums of this dtype are taken in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _wide(tokens: Tensor) -> Tensor:
+    """Return tokens in the accumulator's dtype and contiguous, as then are all results computed from them."""
+    return tokens.to(accumulator(tokens.dtype)).contiguous()
 
 
 def _vector(vector: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,7 +50,7 @@ def _rms_norm_backward(dnormed: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return (LN(x) * (1 + scale) + shift, mean, rstd)."""
     wide = accumulator(x.dtype)
-    normed, mean, rstd = _layer_norm(x.to(wide), eps)
+    normed, mean, rstd = _layer_norm(_wide(x), eps)
     y = normed * (1 + _vector(scale, wide)) + _vector(shift, wide)
     return y.to(x.dtype), mean, rstd
 
@@ -54,8 +60,8 @@ def layer_norm_modulate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dx, dshift, dscale)."""
     wide = accumulator(x.dtype)
-    grad = dy.to(wide)
-    normed = (x.to(wide) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    grad = _wide(dy)
+    normed = (_wide(x) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     dx = _layer_norm_backward(grad * (1 + _vector(scale, wide)), normed, rstd)
     return dx.to(x.dtype), grad.sum(2), (grad * normed).sum(2)
 
@@ -63,7 +69,7 @@ def layer_norm_modulate_backward(
 def rms_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return (RMS(x) * (1 + scale) + shift, rstd)."""
     wide = accumulator(x.dtype)
-    normed, rstd = _rms_norm(x.to(wide), eps)
+    normed, rstd = _rms_norm(_wide(x), eps)
     y = normed * (1 + _vector(scale, wide)) + _vector(shift, wide)
     return y.to(x.dtype), rstd
 
@@ -71,15 +77,15 @@ def rms_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tu
 def rms_norm_modulate_backward(dy: Tensor, x: Tensor, scale: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dx, dshift, dscale)."""
     wide = accumulator(x.dtype)
-    grad = dy.to(wide)
-    normed = x.to(wide) * rstd.unsqueeze(-1)
+    grad = _wide(dy)
+    normed = _wide(x) * rstd.unsqueeze(-1)
     dx = _rms_norm_backward(grad * (1 + _vector(scale, wide)), normed, rstd)
     return dx.to(x.dtype), grad.sum(2), (grad * normed).sum(2)
 
 
 def _residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     wide = accumulator(x.dtype)
-    return x.to(wide) + _vector(gate, wide) * y.to(wide)
+    return _wide(x) + _vector(gate, wide) * _wide(y)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -90,8 +96,8 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 def gate_residual_backward(dz: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Return (dy, dgate); the gradient of x is dz itself."""
     wide = accumulator(y.dtype)
-    grad = dz.to(wide)
-    return (grad * _vector(gate, wide)).to(y.dtype), (grad * y.to(wide)).sum(2)
+    grad = _wide(dz)
+    return (grad * _vector(gate, wide)).to(y.dtype), (grad * _wide(y)).sum(2)
 
 
 def gate_residual_modulate(
@@ -117,7 +123,7 @@ def gate_residual_modulate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (dx, dy, dgate, dshift, dscale); dz is None where nothing else reads z."""
     wide = accumulator(x.dtype)
-    grad = dh.to(wide)
+    grad = _wide(dh)
     normed = (_residual(x, y, gate) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     total = _layer_norm_backward(grad * (1 + _vector(scale, wide)), normed, rstd)
     return _through_residual(total, dz, y, gate, grad, normed)
@@ -139,7 +145,7 @@ def gate_residual_rms_modulate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (dx, dy, dgate, dshift, dscale); dz is None where nothing else reads z."""
     wide = accumulator(x.dtype)
-    grad = dh.to(wide)
+    grad = _wide(dh)
     normed = _residual(x, y, gate) * rstd.unsqueeze(-1)
     total = _rms_norm_backward(grad * (1 + _vector(scale, wide)), normed, rstd)
     return _through_residual(total, dz, y, gate, grad, normed)
@@ -150,7 +156,7 @@ def _through_residual(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = total.dtype
     if dz is not None:
-        total = total + dz.to(wide)
+        total = total + _wide(dz)
     dy = total * _vector(gate, wide)
-    dgate = (total * y.to(wide)).sum(2)
+    dgate = (total * _wide(y)).sum(2)
     return total.to(y.dtype), dy.to(y.dtype), dgate, dh.sum(2), (dh * normed).sum(2)
