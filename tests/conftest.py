@@ -16,6 +16,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Libraries sum in another order on another number of threads, and accuracy is compared with theirs: one thread.
     """
+    if config.getoption("--benchmark"):  # pytest reads this file on its way to the benchmarks, too
+        return
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")

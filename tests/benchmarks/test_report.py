@@ -48,7 +48,7 @@ def test_the_table_shows_time_bandwidth_and_ratios_with_the_failures_kept():
     run = Run(None, environment_of(), CEILINGS, [result_of()])
     cells = [cell.strip() for cell in result_table(run)[2].strip("|").split("|")]
     assert cells == [
-        *("gate_residual", "Latte-XL", "bfloat16", "forward+backward", "cuda"),
+        *("layer_norm_modulate", "Latte-XL", "bfloat16", "forward+backward", "cuda"),
         *("2.000 ms", "3000.0", "75", "4.00x", "fails", "triton 1.50x"),
     ]
     assert "**nvidia-h200**, commit 0123456789, 2026-11-21: torch 2.13.0." in run_report(run)
@@ -65,7 +65,7 @@ def test_memory_and_energy_are_shown_where_they_were_measured():
 
 
 def test_a_kernel_counts_as_run_only_when_a_gpu_gave_the_right_gradient():
-    waiting = ("gate_residual", "cuda")
+    waiting = ("layer_norm_modulate", "cuda")
     on_gpu = Run(None, environment_of(), CEILINGS, [result_of()])
     on_cpu = Run(None, environment_of(), CEILINGS, [result_of()])
     del on_cpu.environment["capability"]
@@ -74,7 +74,8 @@ def test_a_kernel_counts_as_run_only_when_a_gpu_gave_the_right_gradient():
     wrong["variants"]["ours:cuda"]["correct"] = False
     assert waiting in never_on_gpu([])
     assert waiting not in never_on_gpu([on_gpu])
-    assert ("layer_norm_modulate", "cuda") in never_on_gpu([on_gpu])
+    assert ("layer_norm_modulate", "triton") not in never_on_gpu([on_gpu])
+    assert ("attention", "cuda") in never_on_gpu([on_gpu])
     assert waiting in never_on_gpu([on_cpu, forward_only, Run(None, environment_of(), CEILINGS, [wrong])])
 
 

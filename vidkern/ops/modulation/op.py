@@ -171,12 +171,14 @@ def _supports(tokens: Tensor, *_: Any) -> str | None:
     return "float64 is the reference's" if tokens.dtype == torch.float64 else None
 
 
-def _kernels(name: str) -> dict[str, Kernel]:
-    return {
+def _kernels(name: str, *written: str) -> dict[str, Kernel]:
+    """Return the kernels of the backends for which they are written; each is found by the operator's name."""
+    every = {
         "cpu": compiled("cpu", name, _supports),
         "triton": triton_kernel(_TRITON, name, _supports),
         "cuda": compiled("cuda", name, _supports),
     }
+    return {backend: every[backend] for backend in written}
 
 
 def _statistics_like(x: Tensor) -> Tensor:
@@ -206,7 +208,7 @@ def _gate_residual_modulate_grads_like(x: Tensor) -> tuple[Tensor, ...]:
 
 _layer_norm_modulate = _library.define(
     "layer_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
-    kernels=_kernels("layer_norm_modulate"),
+    kernels=_kernels("layer_norm_modulate", "cpu", "triton", "cuda"),
     reference=reference.layer_norm_modulate,
     fake=lambda x, shift, scale, eps: (_tokens_like(x), _statistics_like(x), _statistics_like(x)),
 )
@@ -214,14 +216,14 @@ _layer_norm_modulate = _library.define(
 _layer_norm_modulate_backward = _library.define(
     "layer_norm_modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd)"
     " -> (Tensor dx, Tensor dshift, Tensor dscale)",
-    kernels=_kernels("layer_norm_modulate_backward"),
+    kernels=_kernels("layer_norm_modulate_backward", "cpu", "triton", "cuda"),
     reference=reference.layer_norm_modulate_backward,
     fake=lambda dy, x, scale, mean, rstd: _modulate_grads_like(x),
 )
 
 _rms_norm_modulate = _library.define(
     "rms_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor y, Tensor rstd)",
-    kernels=_kernels("rms_norm_modulate"),
+    kernels=_kernels("rms_norm_modulate", "cpu"),
     reference=reference.rms_norm_modulate,
     fake=lambda x, shift, scale, eps: (_tokens_like(x), _statistics_like(x)),
 )
@@ -229,21 +231,21 @@ _rms_norm_modulate = _library.define(
 _rms_norm_modulate_backward = _library.define(
     "rms_norm_modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor rstd)"
     " -> (Tensor dx, Tensor dshift, Tensor dscale)",
-    kernels=_kernels("rms_norm_modulate_backward"),
+    kernels=_kernels("rms_norm_modulate_backward", "cpu"),
     reference=reference.rms_norm_modulate_backward,
     fake=lambda dy, x, scale, rstd: _modulate_grads_like(x),
 )
 
 _gate_residual = _library.define(
     "gate_residual(Tensor x, Tensor y, Tensor gate) -> Tensor",
-    kernels=_kernels("gate_residual"),
+    kernels=_kernels("gate_residual", "cpu"),
     reference=reference.gate_residual,
     fake=lambda x, y, gate: _tokens_like(x),
 )
 
 _gate_residual_backward = _library.define(
     "gate_residual_backward(Tensor dz, Tensor y, Tensor gate) -> (Tensor dy, Tensor dgate)",
-    kernels=_kernels("gate_residual_backward"),
+    kernels=_kernels("gate_residual_backward", "cpu"),
     reference=reference.gate_residual_backward,
     fake=lambda dz, y, gate: (_tokens_like(y), _vector_grad_like(y)),
 )
@@ -251,7 +253,7 @@ _gate_residual_backward = _library.define(
 _gate_residual_modulate = _library.define(
     "gate_residual_modulate(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
     " -> (Tensor z, Tensor h, Tensor mean, Tensor rstd)",
-    kernels=_kernels("gate_residual_modulate"),
+    kernels=_kernels("gate_residual_modulate", "cpu"),
     reference=reference.gate_residual_modulate,
     fake=lambda x, y, gate, shift, scale, eps: (
         _tokens_like(x),
@@ -264,7 +266,7 @@ _gate_residual_modulate = _library.define(
 _gate_residual_modulate_backward = _library.define(
     "gate_residual_modulate_backward(Tensor dh, Tensor? dz, Tensor x, Tensor y, Tensor gate, Tensor scale,"
     " Tensor mean, Tensor rstd) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale)",
-    kernels=_kernels("gate_residual_modulate_backward"),
+    kernels=_kernels("gate_residual_modulate_backward", "cpu"),
     reference=reference.gate_residual_modulate_backward,
     fake=lambda dh, dz, x, y, gate, scale, mean, rstd: _gate_residual_modulate_grads_like(x),
 )
@@ -272,7 +274,7 @@ _gate_residual_modulate_backward = _library.define(
 _gate_residual_rms_modulate = _library.define(
     "gate_residual_rms_modulate(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
     " -> (Tensor z, Tensor h, Tensor rstd)",
-    kernels=_kernels("gate_residual_rms_modulate"),
+    kernels=_kernels("gate_residual_rms_modulate", "cpu"),
     reference=reference.gate_residual_rms_modulate,
     fake=lambda x, y, gate, shift, scale, eps: (_tokens_like(x), _tokens_like(x), _statistics_like(x)),
 )
@@ -280,7 +282,7 @@ _gate_residual_rms_modulate = _library.define(
 _gate_residual_rms_modulate_backward = _library.define(
     "gate_residual_rms_modulate_backward(Tensor dh, Tensor? dz, Tensor x, Tensor y, Tensor gate, Tensor scale,"
     " Tensor rstd) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale)",
-    kernels=_kernels("gate_residual_rms_modulate_backward"),
+    kernels=_kernels("gate_residual_rms_modulate_backward", "cpu"),
     reference=reference.gate_residual_rms_modulate_backward,
     fake=lambda dh, dz, x, y, gate, scale, rstd: _gate_residual_modulate_grads_like(x),
 )
