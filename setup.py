@@ -17,6 +17,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
@@ -107,7 +108,8 @@ class BuildKernels(build_ext):
             ninja.write_text(graph)
         command = [sys.executable, "-m", "ninja", "-C", str(folder)]
         print(shlex.join(command))
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            raise CompileError(f"vidkern: {cxx} or nvcc failed as told above; VIDKERN_CUDA=0 does without nvcc")
         for library in self._outputs():
             library.parent.mkdir(parents=True, exist_ok=True)
             fresh = library.with_suffix(".new")

@@ -72,6 +72,23 @@ def test_without_a_compiler_the_install_goes_on_and_says_so(project, tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_a_compiler_that_fails_is_one_line_below_its_own(project, tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--build-temp", str(tmp_path / "build")],
+        cwd=project,
+        env={**os.environ, "VIDKERN_CUDA": "0", "CXX": str(compiler)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: vidkern: {compiler} ")
+    assert done.stderr.count("\n") == 1
+    assert "no such flag" in done.stdout
+
+
 def undefined_symbols(library: Path) -> list[str]:
     listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
     return [line.split()[-1] for line in listing.stdout.splitlines()]
