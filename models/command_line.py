@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import math
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ import tyro
 import yaml
 
 T = TypeVar("T")
+
+LARGEST_SEED = 2**63 - 1  # a noise key holds int64
 
 
 class UsageError(ValueError):
@@ -93,15 +96,28 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
+def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raise UsageError unless the option's value lies from `least` to `most`; NaN lies nowhere."""
+    if not least <= value <= most:
+        wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise UsageError(f"--{name} wants {wanted}, got {value}")
+
+
 @contextlib.contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
-    """Print a mistake of the caller (bad value, missing or unreadable file) as one line and exit with status 2."""
+    """Print a mistake of the caller (bad value, missing or unreadable file) as one line and exit with status 2.
+
+    An interrupt (Ctrl-C) is one line and status 130.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's processes make the same mistake
             print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _leaves(cls: Any, prefix: str = "") -> Iterator[str]:

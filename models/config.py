@@ -1,10 +1,11 @@
 """The configuration of a training run."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
-from models.command_line import UsageError, flatten, parse, read_yaml, to_dict
+from models.command_line import LARGEST_SEED, UsageError, check_range, flatten, parse, read_yaml, to_dict
 from models.latte import LatteConfig
 
 
@@ -142,14 +143,41 @@ def parse_train_config(argv: Sequence[str]) -> TrainConfig:
     return config
 
 
+#: Options and the least and most that they can be; None is always allowed.
+_RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "micro_batch_size": (1, math.inf),
+    "seed": (0, LARGEST_SEED),
+    "data.frame_interval": (1, math.inf),
+    "data.images": (0, math.inf),
+    "data.length": (1, math.inf),
+    "data.workers": (0, math.inf),
+    "diffusion.num_steps": (2, math.inf),
+    "diffusion.ptss_probability": (0, 1),
+    "diffusion.noise_base_weight": (0, 1),
+    "optim.lr": (0, math.inf),
+    "optim.warmup_steps": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "optim.max_grad_norm": (0, math.inf),
+    "optim.clip_from_step": (0, math.inf),
+    "optim.ema_decay": (0, 1),
+    "log.every": (1, math.inf),
+    "log.checkpoint_every": (1, math.inf),
+    "log.keep": (1, math.inf),
+    "log.sample_every": (0, math.inf),
+    "log.sample_clips": (1, math.inf),
+    "log.fps": (1, math.inf),
+}
+
+
 def _check_values(config: TrainConfig) -> None:
-    positive = ("steps", "batch_size", "micro_batch_size", "log.every", "log.checkpoint_every", "log.keep")
     values = dict(flatten(to_dict(config)))
-    for name in positive:
-        if values[name] is not None and values[name] < 1:
-            raise UsageError(f"--{name} wants at least 1, got {values[name]}")
-    if not 0 <= config.diffusion.ptss_probability <= 1:
-        raise UsageError(f"--diffusion.ptss_probability wants from 0 to 1, got {config.diffusion.ptss_probability}")
+    for name, (least, most) in _RANGES.items():
+        if values[name] is not None:
+            check_range(name, values[name], least, most)
+    if config.log.sample_every:
+        check_range("log.sample_steps", config.log.sample_steps, 1, config.diffusion.num_steps)
     correlated = config.diffusion.noise in ("mixed", "progressive")
     if correlated != (config.diffusion.noise_base_weight is not None):
         raise UsageError(

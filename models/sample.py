@@ -7,6 +7,7 @@ Writes clip_000.mp4 and clip_000.gif, ... and sheet.png, a row for each clip wit
 
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from models.command_line import UsageError, one_line_errors, parse
+from models.command_line import LARGEST_SEED, UsageError, check_range, one_line_errors, parse
 from models.config import TrainConfig
 from models.data import contact_sheet, write_gif, write_mp4
 from models.latte import LatteConfig
@@ -157,16 +158,15 @@ def completed(options: SampleConfig, config: TrainConfig) -> SampleConfig:
         overlap=options.overlap or max(frames // 2, 1),
         ends=options.ends or max(frames // 4, 1),
     )
-    limits = {"steps": config.diffusion.num_steps}
+    limits: dict[str, float] = {"steps": config.diffusion.num_steps}
     if options.task == "long-video":
         limits["overlap"] = frames - 1
     if options.task == "transition":
         limits["ends"] = (frames - 1) // 2
     for name in ("num_clips", "batch_size", "steps", "chunks", "overlap", "ends", "fps", "zoom"):
-        value, most = getattr(options, name), limits.get(name)
-        if value < 1 or (most is not None and value > most):
-            wanted = "at least 1" if most is None else f"from 1 to {most}"
-            raise UsageError(f"--{name} wants {wanted}, got {value}")
+        check_range(name, getattr(options, name), 1, limits.get(name, math.inf))
+    check_range("seed", options.seed, 0, LARGEST_SEED)
+    check_range("eta", options.eta, 0, 1)
     return options
 
 
@@ -183,10 +183,17 @@ def labels_of(options: SampleConfig, config: LatteConfig) -> Tensor | None:
     return torch.full((options.num_clips,), options.label)
 
 
+def make_folder(path: str) -> None:
+    """Make a folder and its parents. Raises UsageError that names --out where that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {path}: {error.strerror}") from error
+
+
 def write_results(options: SampleConfig, clips: Sequence[Tensor], hold: Tensor, labels: Tensor | None) -> None:
     """Write every clip, pixels (F, C, H, W), as MP4 and GIF, and the contact sheet."""
     out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
     for i, clip in enumerate(clips):
         write_mp4(out / f"clip_{i:03d}.mp4", clip, fps=options.fps, zoom=options.zoom)
         write_gif(out / f"clip_{i:03d}.gif", clip, fps=options.fps, zoom=options.zoom)
@@ -215,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hold = given_places(options, task, config.model.num_frames)
         given = given_clip(options, hold, config.data.frame_interval, codec.frame_size, codec.channels)
         known = None if given is None else codec.encode(given)
+        make_folder(options.out)  # before the drawing, so that a bad name costs no clips
         clips = draw_clips(
             network.to(device),
             make_schedule(config.diffusion.schedule, config.diffusion.num_steps, device),
@@ -231,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             task=task,
             cfg_scale=options.cfg_scale,
             eta=options.eta,
+            variance="learned_range" if config.model.learn_sigma else "fixed_small",
             sampler=options.sampler if options.sampler != "auto" else sampler_of(config),
             prediction=config.diffusion.prediction,
             sharing=config.diffusion.noise,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from models.command_line import UsageError
@@ -17,6 +17,7 @@ from models.data.frames import to_clip
 def read_images(paths: Sequence[str], size: tuple[int, int], channels: int) -> Tensor:
     """Image files as float32 (len(paths), C, height, width) in [-1, 1], resized and cropped about their centre.
 
+    Images are turned upright as their EXIF data ask; 16-bit grey becomes 8-bit; transparency is ignored.
     Raises UsageError that names the file for one that is missing or no image.
     """
     return _to_channels(to_clip([_read_image(path) for path in paths], size), channels)
@@ -44,7 +45,10 @@ def read_clip(
 def _read_image(path: str) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # convert would clamp, not scale
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return np.array(upright.convert("RGB"))
     except UnidentifiedImageError as error:
         raise UsageError(f"{path} is not an image") from error
     except OSError as error:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise StorageError(f"no checkpoint at {path}") from error
     except Exception as error:  # torch.load reports damage through many types, pickle's and zipfile's among them
-        raise StorageError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from error
+        whole = zipfile.is_zipfile(path)
+        reason = str(error).splitlines()[0] if whole else "not a whole file of torch.save's format"
+        raise StorageError(f"cannot read the checkpoint {path}: {reason}") from error
 
 
 def paths(directory: Path) -> list[Path]:

@@ -201,11 +201,44 @@ def test_the_classes_and_guidance_change_the_clip(run_dir: Path) -> None:
     torch.testing.assert_close(draw(0, None), draw(0, 1.0), rtol=1e-3, atol=1e-3)
 
 
+def test_images_are_upright_and_keep_their_16_bits_of_grey(tmp_path: Path) -> None:
+    pixels = torch.randint(256, (16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown turned by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    upright = np.stack([np.rot90(pixels, -1), pixels])
+    got = read_images([str(tmp_path / "turned.png"), str(tmp_path / "deep.png")], (16, 16), 1)
+    torch.testing.assert_close(got[:, 0], torch.from_numpy(upright / 127.5 - 1).float(), rtol=0, atol=1e-5)
+
+
+def test_ddpm_draws_from_a_network_without_a_variance(tmp_path: Path) -> None:
+    config = settings(learn_sigma=False)
+    state = {"step": 1, "config": to_dict(config), "model": weights_of(config, 1)}
+    checkpointing.save(tmp_path / "checkpoints", 1, state, keep=1)
+    out = tmp_path / "out"
+    assert sample.main(["--checkpoint", str(tmp_path), "--out", str(out), *QUICK, "--sampler", "ddpm"]) == 0
+    assert (out / "clip_001.mp4").exists()
+
+
+def test_an_interrupt_is_one_line(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "draw_clips", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--checkpoint", str(run_dir), "--out", str(tmp_path / "out"), *QUICK])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "models.sample: stopped\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--checkpoint", "nowhere"], "no checkpoint at nowhere"),
-        (["--checkpoint", "not.png"], "cannot read the checkpoint not.png"),
+        (["--checkpoint", "not.png"], "cannot read the checkpoint not.png: not a whole file of torch.save"),
         (["--checkpoint", "."], "no checkpoint in .: wanted checkpoints/step_*.pt or export/model.safetensors"),
         (["--task", "image-to-video"], "--task image-to-video is given 1 of 8 frames: give --image"),
         (["--task", "image-to-video", "--image", "nowhere.png"], "cannot read the image nowhere.png: No such file"),
@@ -220,6 +253,9 @@ def test_the_classes_and_guidance_change_the_clip(run_dir: Path) -> None:
         (["--class", "4"], "--class wants a number from 0 to 3, got 4"),
         (["--steps", "2000"], "--steps wants from 1 to 1000, got 2000"),
         (["--task", "long-video", "--overlap", "8"], "--overlap wants from 1 to 7, got 8"),
+        (["--eta", "2"], "--eta wants from 0 to 1, got 2.0"),
+        (["--seed", str(2**63)], f"--seed wants from 0 to {2**63 - 1}, got {2**63}"),
+        (["--out", "not.png"], "--out not.png: File exists"),
         (["--num-clips", "0"], "--num_clips wants at least 1, got 0"),
         (["--chekpoint", "x"], "unknown option --chekpoint; the nearest is --checkpoint"),
         (["--task", "standrad"], "invalid choice 'standrad' for argument '--task'"),
