@@ -81,7 +81,7 @@ def test_the_parts_are_added_to_the_run_that_the_benchmarks_wrote(tmp_path):
     assert run.results == [result_of()]
     assert json.loads(path.read_text())["parts"] == parts
     lines = summary(run).splitlines()
-    assert any("gate_residual" in line for line in lines)
+    assert any("layer_norm_modulate" in line for line in lines)
     assert [cell.strip() for cell in lines[-3].strip("|").split("|")] == ["tests", "failed", "2 s", "1 failed"]
 
 

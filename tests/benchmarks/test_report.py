@@ -91,8 +91,8 @@ def test_the_report_shows_each_devices_newest_run_of_each_family():
     sections = {section.split("commit ")[1].split(",")[0]: section for section in re.split(r"\n\n(?=\*\*)", shown)}
     assert set(sections) == {"old", "new", "other"}
     assert "add_noise" in sections["old"].split("not yet")[0]
-    assert "| gate_residual " not in sections["old"]
-    assert "| gate_residual " in sections["new"]
+    assert "| layer_norm_modulate " not in sections["old"]
+    assert "| layer_norm_modulate " in sections["new"]
 
 
 def test_the_report_replaces_what_stands_between_the_markers(tmp_path):
@@ -109,7 +109,7 @@ def test_the_report_replaces_what_stands_between_the_markers(tmp_path):
 def test_the_command_prints_or_writes(tmp_path, capsys):
     Run(tmp_path / "d" / "r.json", environment_of(), CEILINGS).add(result_of())
     assert report.main(["--results", str(tmp_path)]) == 0
-    assert "| gate_residual " in capsys.readouterr().out
+    assert "| layer_norm_modulate " in capsys.readouterr().out
     page = tmp_path / "page.md"
     page.write_text(f"{report.BEGIN}\n{report.END}\n")
     report.main(["--results", str(tmp_path), "--into", str(page)])
