@@ -142,6 +142,7 @@ def causal_conv3d(
     flat = weight.transpose(1, 2).flatten(1, 2)  # (Cout, kT * Cin, kH, kW)
     for j in range(y.shape[2]):
         window = torch.cat([frames[:, :, j * stride[0] + i * dilation[0]] for i in range(kernel[0])], 1)
+        window = window.contiguous(memory_format=torch.channels_last)  # one layout, so one algorithm and its bits
         y[:, :, j] = F.conv2d(window, flat, bias, stride[1:], dilation=dilation[1:])
     return y if residual is None else y.add_(residual)
 
