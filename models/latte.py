@@ -255,7 +255,7 @@ class Latte(nn.Module):
         grid = x.shape[3] // self.config.patch_size, x.shape[4] // self.config.patch_size
         tokens = tokens + self._space_positions(grid).to(tokens.dtype)
         condition, last_condition = self._conditions(time, label, prompt)
-        rope = self._rope(tokens.shape[1], tokens.device)
+        rope = self._rope(tokens)
         branch = None
         for i, (block, attention) in enumerate(zip(self.blocks, self.config.attentions, strict=True)):
             if attention == "temporal" and not in_time:
@@ -305,10 +305,13 @@ class Latte(nn.Module):
         positions = torch.arange(frames, device=self.temp_embed.device)
         return sincos_1d(positions, self.config.hidden_size)[:, None]
 
-    def _rope(self, frames: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def _rope(self, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin) of the tokens' frames, in float32 or wider."""
         if self.config.temporal_position != "rope":
             return None
-        return rotary_tables(frames, self.config.hidden_size // self.config.num_heads, device)
+        cos, sin = rotary_tables(tokens.shape[1], self.config.hidden_size // self.config.num_heads, tokens.device)
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        return cos.to(dtype), sin.to(dtype)
 
     def _check(
         self,

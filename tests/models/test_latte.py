@@ -187,6 +187,16 @@ def test_a_bfloat16_model_is_close_to_float32():
     assert relative(ours, exact) < 0.03
 
 
+@pytest.mark.parametrize("temporal_position", ["absolute", "rope"])
+def test_a_float64_model_is_close_to_float32(temporal_position):
+    model = small(temporal_position=temporal_position)
+    x, t = clip(), torch.tensor([3, 900])
+    wanted = model(x, t)
+    got = model.double()(x.double(), t)
+    assert got.dtype == torch.float64
+    assert relative(wanted, got) < 1e-5
+
+
 @pytest.mark.parametrize(("per_frame", "checkpointing"), [(False, True), (True, False)])
 def test_compiles_into_one_graph_for_every_batch_and_length(per_frame, checkpointing):
     torch._dynamo.reset()
