@@ -14,7 +14,7 @@ def _load(name: str, needs_cuda: bool) -> str | None:
     if not path.exists():
         return f"{path.name} is not built (python setup.py build_ext --inplace builds it)"
     if needs_cuda and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+        return f"{path.name} is not loaded: torch sees no CUDA device"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
