@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -131,6 +132,27 @@ def full_report(runs: Sequence[Run]) -> str:
     return "\n\n".join(sections)
 
 
+def summary(runs: Sequence[Run]) -> str:
+    """Return, for each device, operator and pass, how many times as long the others take over all shapes and dtypes."""
+    groups: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    for run in newest(runs):
+        for result in run.results:
+            found = figures(result, run.ceilings)
+            if "percent_of_copy" in found:  # a tiny call measures overhead, not the operator
+                key = run.environment["device"], result["operator"], result["passes"]
+                groups.setdefault(key, []).append(found)
+    rows = [
+        [*key, str(len(found)), *(_spread(found, f"times_{name}") for name in BASELINES)]
+        for key, found in groups.items()
+    ]
+    return "\n".join(markdown(["device", "operator", "pass", "cases", *BASELINES], rows))
+
+
+def _spread(found: Sequence[dict[str, float]], name: str) -> str:
+    values = [figure[name] for figure in found if name in figure]
+    return f"{min(values):.2f}x to {max(values):.2f}x, median {statistics.median(values):.2f}x" if values else ""
+
+
 def put_into(page: Path, report: str) -> None:
     """Replace what stands between the two markers of a page.
 
@@ -149,8 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that holds <device>/*.json")
     parser.add_argument("--into", type=Path, metavar="PAGE", help=f"write between {BEGIN} and {END} of this page")
+    parser.add_argument("--summary", action="store_true", help="a row for each operator and pass, over all its cases")
     options = parser.parse_args(arguments)
-    report = full_report(read_runs(options.results))
+    report = (summary if options.summary else full_report)(read_runs(options.results))
     if options.into is None:
         print(report)
     else:
