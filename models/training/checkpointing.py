@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path):  # type: ignore[no-untyped-def]
+def atomic_file(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write and sync, and rename it to `path` when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
