@@ -149,7 +149,8 @@ def test_sigkill_and_the_same_command_again(config: EncodeConfig, tmp_path: Path
     config = replace(config, videos=many)
     command = [sys.executable, "-m", "models.encode", f"--videos={many}", f"--out={config.out}", f"--vae={config.vae}"]
     command += ["--size=16", "--batch_size=4", "--workers=1", "--shard_mib=0", "--device=cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here, for the same bits
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
     while not (config.out / "latents-00002.safetensors").exists():
         assert process.poll() is None
         time.sleep(0.001)
