@@ -173,12 +173,10 @@ def _supports(tokens: Tensor, *_: Any) -> str | None:
 
 def _kernels(name: str, *written: str) -> dict[str, Kernel]:
     """Return the kernels of the backends for which they are written; each is found by the operator's name."""
-    every = {
-        "cpu": compiled("cpu", name, _supports),
-        "triton": triton_kernel(_TRITON, name, _supports),
-        "cuda": compiled("cuda", name, _supports),
+    return {
+        backend: triton_kernel(_TRITON, name, _supports) if backend == "triton" else compiled(backend, name, _supports)
+        for backend in written
     }
-    return {backend: every[backend] for backend in written}
 
 
 def _statistics_like(x: Tensor) -> Tensor:
