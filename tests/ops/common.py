@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,18 +31,30 @@ def ulp(value: Tensor, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps * float(finite.max()) if finite.numel() else 0.0
 
 
-def assert_contract(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Require max|ours - f64| <= 1.25 * max|plain PyTorch in the dtype - f64| + 1 ulp, and the same NaN and Inf."""
-    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, wanted {tuple(exact.shape)}"
-    if ours.numel() == 0:
-        return
+class Deviation(NamedTuple):
+    """Largest distances from float64: of a result, of plain PyTorch in its dtype, and what the contract allows."""
+
+    ours: float
+    plain: float
+    bound: float
+
+
+def deviation(ours: Tensor, plain: Tensor, exact: Tensor) -> Deviation:
+    """Return how far finite values are from float64; max|ours - f64| <= 1.25 * max|plain - f64| + 1 ulp is allowed."""
     finite = exact.to(ours.dtype).isfinite()
-    assert torch.equal(ours.isfinite(), finite), f"{name}: NaN or Inf in other places than the definition has them"
     if not finite.any():
-        return
+        return Deviation(0.0, 0.0, 0.0)
     error = float((ours.double() - exact)[finite].abs().max())
     plain_error = float((plain.double() - exact)[finite & plain.isfinite()].abs().max())
-    bound = 1.25 * plain_error + ulp(exact[finite], ours.dtype)
+    return Deviation(error, plain_error, 1.25 * plain_error + ulp(exact[finite], ours.dtype))
+
+
+def assert_contract(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Require the contract of :func:`deviation`, and NaN and Inf in the same places."""
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, wanted {tuple(exact.shape)}"
+    finite = exact.to(ours.dtype).isfinite()
+    assert torch.equal(ours.isfinite(), finite), f"{name}: NaN or Inf in other places than the definition has them"
+    error, plain_error, bound = deviation(ours, plain, exact)
     assert error <= bound, f"{name}: error {error:.3e}, plain PyTorch {plain_error:.3e}, bound {bound:.3e}"
 
 
