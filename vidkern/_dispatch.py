@@ -132,15 +132,18 @@ class Dispatcher:
         self.kernels = dict(kernels)
         self._device_argument = device_argument
         self._order = {**AUTOMATIC, **(order or {})}
+        self._candidates = {
+            device: [(candidate, self.kernels[candidate]) for candidate in candidates if candidate in self.kernels]
+            for device, candidates in self._order.items()
+        }
+        self._reference = [("reference", self.kernels["reference"])] if "reference" in self.kernels else []
 
     def __call__(self, *args: Any) -> Any:
-        device = args[self._device_argument].device.type
+        tensor = args[self._device_argument]
+        device = "cpu" if tensor.is_cpu else tensor.device.type  # `device.type` alone takes 0.3 us
         if _forced is not None:
             return self._serve_forced(_forced, device, args)
-        for candidate in self.order(device):
-            kernel = self.kernels.get(candidate)
-            if kernel is None:
-                continue
+        for candidate, kernel in self._candidates.get(device, self._reference):
             reason = kernel.unavailable or kernel.supports(*args)
             if _log_dispatch:
                 tell(f"{self.name} on {device}: " + (f"not {candidate}: {reason}" if reason else candidate))

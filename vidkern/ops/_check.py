@@ -46,6 +46,31 @@ def unit_stride(name: str, value: torch.Tensor) -> None:
         raise ValueError(f"{name} must have unit stride in its last dimension, got strides {tuple(value.stride())}")
 
 
+def like(
+    name: str,
+    value: Any,
+    shape: Sequence[int | torch.SymInt],
+    layout: str,
+    dtypes: Sequence[torch.dtype],
+    of: str,
+    other: torch.Tensor,
+) -> None:
+    """Require all of the above at once, beside another argument: one test where all is well."""
+    if (
+        isinstance(value, torch.Tensor)
+        and value.shape == shape
+        and value.dtype in dtypes
+        and value.device == other.device
+        and value.stride(-1) == 1
+    ):
+        return
+    is_tensor(name, value)
+    has_shape(name, value, shape, layout)
+    has_dtype(name, value, dtypes)
+    same_device(name, value, of, other)
+    unit_stride(name, value)
+
+
 def shape_of(value: torch.Tensor) -> tuple[int, ...]:
     """Return the shape as a plain tuple, as messages show it."""
     return tuple(value.shape)

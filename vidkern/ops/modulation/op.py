@@ -142,22 +142,15 @@ def _check_tokens(name: str, x: Tensor) -> None:
 
 
 def _check_branch(x: Tensor, y: Tensor) -> None:
-    _check.is_tensor("y", y)
-    _check.has_shape("y", y, x.shape, "(B, F, N, D) as x")
-    _check.has_dtype("y", y, (x.dtype,))
-    _check.same_device("y", y, "x", x)
-    _check.unit_stride("y", y)
+    _check.like("y", y, x.shape, "(B, F, N, D) as x", (x.dtype,), "x", x)
 
 
 def _check_vectors(x: Tensor, **vectors: Tensor) -> None:
     batch, frames, _, channels = x.shape
+    shape = (batch, frames, channels)
     allowed: tuple[torch.dtype, ...] = (x.dtype,) if x.dtype == torch.float64 else KERNEL_DTYPES
     for name, vector in vectors.items():
-        _check.is_tensor(name, vector)
-        _check.has_shape(name, vector, (batch, frames, channels), "(B, F, D)")
-        _check.has_dtype(name, vector, allowed)
-        _check.same_device(name, vector, "x", x)
-        _check.unit_stride(name, vector)
+        _check.like(name, vector, shape, "(B, F, D)", allowed, "x", x)
         allowed = (vector.dtype,)  # the vectors of one call are chunks of one tensor
 
 
@@ -171,11 +164,12 @@ def _supports(tokens: Tensor, *_: Any) -> str | None:
     return "float64 is the reference's" if tokens.dtype == torch.float64 else None
 
 
-def _kernels(name: str, *written: str) -> dict[str, Kernel]:
-    """Return the kernels of the backends for which they are written; each is found by the operator's name."""
+def _kernels(name: str) -> dict[str, Kernel]:
+    """Return the kernels of every backend, each found by the operator's name."""
     return {
-        backend: triton_kernel(_TRITON, name, _supports) if backend == "triton" else compiled(backend, name, _supports)
-        for backend in written
+        "cpu": compiled("cpu", name, _supports),
+        "triton": triton_kernel(_TRITON, name, _supports),
+        "cuda": compiled("cuda", name, _supports),
     }
 
 
@@ -196,6 +190,11 @@ def _wide_loads(grad: Tensor) -> Tensor:
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
+def _rounded(grad: Tensor, vector: Tensor) -> Tensor:
+    """Return a vector's gradient, summed in float32, in the vector's dtype."""
+    return grad if grad.dtype == vector.dtype else grad.to(vector.dtype)
+
+
 def _modulate_grads_like(x: Tensor) -> tuple[Tensor, ...]:
     return _tokens_like(x), _vector_grad_like(x), _vector_grad_like(x)
 
@@ -206,7 +205,7 @@ def _gate_residual_modulate_grads_like(x: Tensor) -> tuple[Tensor, ...]:
 
 _layer_norm_modulate = _library.define(
     "layer_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
-    kernels=_kernels("layer_norm_modulate", "cpu", "triton", "cuda"),
+    kernels=_kernels("layer_norm_modulate"),
     reference=reference.layer_norm_modulate,
     fake=lambda x, shift, scale, eps: (_tokens_like(x), _statistics_like(x), _statistics_like(x)),
 )
@@ -214,14 +213,14 @@ _layer_norm_modulate = _library.define(
 _layer_norm_modulate_backward = _library.define(
     "layer_norm_modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd)"
     " -> (Tensor dx, Tensor dshift, Tensor dscale)",
-    kernels=_kernels("layer_norm_modulate_backward", "cpu", "triton", "cuda"),
+    kernels=_kernels("layer_norm_modulate_backward"),
     reference=reference.layer_norm_modulate_backward,
     fake=lambda dy, x, scale, mean, rstd: _modulate_grads_like(x),
 )
 
 _rms_norm_modulate = _library.define(
     "rms_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor y, Tensor rstd)",
-    kernels=_kernels("rms_norm_modulate", "cpu"),
+    kernels=_kernels("rms_norm_modulate"),
     reference=reference.rms_norm_modulate,
     fake=lambda x, shift, scale, eps: (_tokens_like(x), _statistics_like(x)),
 )
@@ -229,21 +228,21 @@ _rms_norm_modulate = _library.define(
 _rms_norm_modulate_backward = _library.define(
     "rms_norm_modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor rstd)"
     " -> (Tensor dx, Tensor dshift, Tensor dscale)",
-    kernels=_kernels("rms_norm_modulate_backward", "cpu"),
+    kernels=_kernels("rms_norm_modulate_backward"),
     reference=reference.rms_norm_modulate_backward,
     fake=lambda dy, x, scale, rstd: _modulate_grads_like(x),
 )
 
 _gate_residual = _library.define(
     "gate_residual(Tensor x, Tensor y, Tensor gate) -> Tensor",
-    kernels=_kernels("gate_residual", "cpu"),
+    kernels=_kernels("gate_residual"),
     reference=reference.gate_residual,
     fake=lambda x, y, gate: _tokens_like(x),
 )
 
 _gate_residual_backward = _library.define(
     "gate_residual_backward(Tensor dz, Tensor y, Tensor gate) -> (Tensor dy, Tensor dgate)",
-    kernels=_kernels("gate_residual_backward", "cpu"),
+    kernels=_kernels("gate_residual_backward"),
     reference=reference.gate_residual_backward,
     fake=lambda dz, y, gate: (_tokens_like(y), _vector_grad_like(y)),
 )
@@ -251,7 +250,7 @@ _gate_residual_backward = _library.define(
 _gate_residual_modulate = _library.define(
     "gate_residual_modulate(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
     " -> (Tensor z, Tensor h, Tensor mean, Tensor rstd)",
-    kernels=_kernels("gate_residual_modulate", "cpu"),
+    kernels=_kernels("gate_residual_modulate"),
     reference=reference.gate_residual_modulate,
     fake=lambda x, y, gate, shift, scale, eps: (
         _tokens_like(x),
@@ -264,7 +263,7 @@ _gate_residual_modulate = _library.define(
 _gate_residual_modulate_backward = _library.define(
     "gate_residual_modulate_backward(Tensor dh, Tensor? dz, Tensor x, Tensor y, Tensor gate, Tensor scale,"
     " Tensor mean, Tensor rstd) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale)",
-    kernels=_kernels("gate_residual_modulate_backward", "cpu"),
+    kernels=_kernels("gate_residual_modulate_backward"),
     reference=reference.gate_residual_modulate_backward,
     fake=lambda dh, dz, x, y, gate, scale, mean, rstd: _gate_residual_modulate_grads_like(x),
 )
@@ -272,7 +271,7 @@ _gate_residual_modulate_backward = _library.define(
 _gate_residual_rms_modulate = _library.define(
     "gate_residual_rms_modulate(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
     " -> (Tensor z, Tensor h, Tensor rstd)",
-    kernels=_kernels("gate_residual_rms_modulate", "cpu"),
+    kernels=_kernels("gate_residual_rms_modulate"),
     reference=reference.gate_residual_rms_modulate,
     fake=lambda x, y, gate, shift, scale, eps: (_tokens_like(x), _tokens_like(x), _statistics_like(x)),
 )
@@ -280,7 +279,7 @@ _gate_residual_rms_modulate = _library.define(
 _gate_residual_rms_modulate_backward = _library.define(
     "gate_residual_rms_modulate_backward(Tensor dh, Tensor? dz, Tensor x, Tensor y, Tensor gate, Tensor scale,"
     " Tensor rstd) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dshift, Tensor dscale)",
-    kernels=_kernels("gate_residual_rms_modulate_backward", "cpu"),
+    kernels=_kernels("gate_residual_rms_modulate_backward"),
     reference=reference.gate_residual_rms_modulate_backward,
     fake=lambda dh, dz, x, y, gate, scale, rstd: _gate_residual_modulate_grads_like(x),
 )
@@ -293,13 +292,13 @@ def _save_modulate(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, scale, *statistics)
 
 
-def _backward_modulate(operator: torch._ops.OpOverload) -> Callable[..., tuple[Tensor | None, ...]]:
+def _backward_modulate(operator: _library.Operator) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None
         x, scale, *statistics = ctx.saved_tensors
         dx, dshift, dscale = operator(_wide_loads(dy), x, scale, *statistics)
-        return dx, dshift.to(scale.dtype), dscale.to(scale.dtype), None
+        return dx, _rounded(dshift, scale), _rounded(dscale, scale), None
 
     return backward
 
@@ -317,7 +316,7 @@ def _gate_residual_grads(dz: Tensor | None, y: Tensor, gate: Tensor) -> tuple[Te
     if dz is None:
         return None, None, None
     dy, dgate = _gate_residual_backward(_wide_loads(dz), y, gate)
-    return dz, dy, dgate.to(gate.dtype)
+    return dz, dy, _rounded(dgate, gate)
 
 
 def _save_gate_residual_modulate(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -328,7 +327,7 @@ def _save_gate_residual_modulate(ctx: Any, inputs: tuple[Any, ...], output: Any)
 
 
 def _backward_gate_residual_modulate(
-    operator: torch._ops.OpOverload,
+    operator: _library.Operator,
 ) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, dz: Tensor | None, dh: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         x, y, gate, scale, *statistics = ctx.saved_tensors
@@ -336,7 +335,7 @@ def _backward_gate_residual_modulate(
             return (*_gate_residual_grads(dz, y, gate), None, None, None)
         dz = None if dz is None else _wide_loads(dz)
         dx, dy, *vectors = operator(_wide_loads(dh), dz, x, y, gate, scale, *statistics)
-        return (dx, dy, *(vector.to(scale.dtype) for vector in vectors), None)
+        return (dx, dy, *(_rounded(vector, scale) for vector in vectors), None)
 
     return backward
 
