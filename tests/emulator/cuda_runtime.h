@@ -57,9 +57,11 @@ constexpr size_t kStackBytes = 64 * 1024;
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("emulator: " + what); }
 inline std::string name(int thread) { return "thread " + std::to_string(thread); }
 
+constexpr size_t kOfferBytes = 24;  // the words of a product of matrices
+
 struct Offer {  // what a lane brings to the shuffles of one mask
   int turn = 0;
-  double value[2] = {};  // of this turn and of the one before, which slower lanes still read
+  char value[2][kOfferBytes] = {};  // of this turn and of the one before, which slower lanes still read
 };
 
 struct Thread {
@@ -146,27 +148,46 @@ inline void sync_threads() {
   machine.wait();
 }
 
-// Every lane of the mask brings a value; each then gets the one of lane `source`.
+// Lets every lane of the mask bring a value, and waits for all of them. Returns the first lane and the turn.
 template <typename T>
-T exchange(unsigned mask, T value, int source) {
-  static_assert(sizeof(T) <= sizeof(double));
+std::pair<Thread*, int> meet(unsigned mask, const T& value) {
+  static_assert(sizeof(T) <= kOfferBytes);
   Thread& self = *machine.current;
   const int lane = self.id % kWarp;
   const int lanes = std::min<int>(kWarp, static_cast<int>(machine.threads.size()) - (self.id - lane));
   Thread* warp = &self - lane;
   if (!(mask >> lane & 1)) fail(name(self.id) + " is not in the mask of its own shuffle");
-  if (source >= lanes || !(mask >> source & 1)) fail(name(self.id) + " reads a lane that its mask leaves out");
   Offer& offer = self.offers[mask];
   const int turn = ++offer.turn;
-  std::memcpy(&offer.value[turn % 2], &value, sizeof(T));
+  std::memcpy(offer.value[turn % 2], &value, sizeof(T));
   ++machine.progress;
   for (int other = 0; other < kWarp; ++other) {
     if (!(mask >> other & 1)) continue;
     if (other >= lanes) fail("a mask names lane " + std::to_string(other) + " of " + std::to_string(lanes));
     while (warp[other].offers[mask].turn < turn) machine.wait();
   }
-  std::memcpy(&value, &warp[source].offers[mask].value[turn % 2], sizeof(T));
+  return {warp, turn};
+}
+
+// Each lane of the mask gets the value of lane `source`.
+template <typename T>
+T exchange(unsigned mask, T value, int source) {
+  if (source >= kWarp || !(mask >> source & 1))
+    fail(name(machine.current->id) + " reads a lane that its mask leaves out");
+  const auto [warp, turn] = meet(mask, value);
+  std::memcpy(&value, warp[source].offers[mask].value[turn % 2], sizeof(T));
   return value;
+}
+
+// Every lane of the whole warp gets the values of all.
+template <typename T>
+std::vector<T> gather(const T& value) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const auto [warp, turn] = meet(kAll, value);
+  std::vector<T> values(kWarp);
+  for (int lane = 0; lane < kWarp; ++lane)
+    std::memcpy(&values[lane], warp[lane].offers[kAll].value[turn % 2], sizeof(T));
+  return values;
 }
 
 // A thread's, or several threads', use of a shared element between two barriers.

@@ -1,0 +1,435 @@
+// Temporal attention's kernels: the forward pass, and the backward pass of up to 16 frames and of more.
+#pragma once
+
+#include <limits>
+
+#include "cuda/attention.h"
+#include "cuda/attention_tile.h"
+
+namespace vidkern::cuda {
+namespace {
+
+constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// --- one problem ---
+
+struct Position {
+  int b, n, h;
+
+  __device__ Position(const Problems& a, int position, int h) : b(position / a.n), n(position % a.n), h(h) {}
+};
+
+template <typename T>
+__device__ inline Rows<T> rows_of(const Problems& a, const Heads& x, const Position& at) {
+  T* data = static_cast<T*>(x.data) + at.b * x.stride_b + at.n * x.stride_n + at.h * x.stride_h;
+  return {data, x.stride_f, a.f, x.aligned};
+}
+
+template <typename T>
+__device__ inline Rows<const T> rows_of(const Problems& a, const Table& table) {
+  return {static_cast<const T*>(table.data), table.stride_f, a.f, table.aligned};
+}
+
+// --- rotary positions ---
+
+// f(word, row of the lane's two, cos, sin) for every word of a tile, with Table the type of the tables.
+template <typename Table, int kWords, typename F>
+__device__ inline void for_each_turn(const Problems& a, int first_row, int first_column, F f) {
+  const auto cos_rows = rows_of<Table>(a, a.cos), sin_rows = rows_of<Table>(a, a.sin);
+  for_each_chunk<kWords>([&](auto first, auto count) {
+    Tile<Table, count> cos, sin;
+    load(cos_rows, first_row, first_column + 8 * first, cos);
+    load(sin_rows, first_row, first_column + 8 * first, sin);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int w = 0; w < count; ++w)
+        f(first + w, r, WordOf<Table>::widen(cos.rows[r][w]), WordOf<Table>::widen(sin.rows[r][w]));
+    }
+  });
+}
+
+template <typename T, int kWords, typename F>
+__device__ inline void with_turns(const Problems& a, int first_row, int first_column, F f) {
+  if (a.cos.data == nullptr) return;
+  if (a.cos.wide) {
+    for_each_turn<float, kWords>(a, first_row, first_column, f);
+  } else {
+    for_each_turn<T, kWords>(a, first_row, first_column, f);
+  }
+}
+
+// Rotates a tile of q or k by the angles of its frames.
+template <typename T, int kWords>
+__device__ inline void turn(const Problems& a, int first_row, int first_column, Tile<T, kWords>& tile) {
+  with_turns<T, kWords>(a, first_row, first_column, [&](int w, int r, float2 cos, float2 sin) {
+    const float2 x = WordOf<T>::widen(tile.rows[r][w]);
+    tile.rows[r][w] = WordOf<T>::round(x.x * cos.x - x.y * sin.x, x.y * cos.y + x.x * sin.y);
+  });
+}
+
+// Scales the gradient of a tile of q or k and rotates it back.
+template <typename T, int kWords>
+__device__ inline void turn_back(const Problems& a, int first_row, Fragment (&grad)[kWords]) {
+  for_each_fragment<kWords>([&](int w, int i) { grad[w][i] *= a.scale; });
+  with_turns<T, kWords>(a, first_row, 0, [&](int w, int r, float2 cos, float2 sin) {
+    float &x = grad[w][2 * r], &y = grad[w][2 * r + 1];
+    const float before = x;
+    x = before * cos.x + y * sin.y;
+    y = y * cos.y - before * sin.x;
+  });
+}
+
+// --- scores ---
+
+template <typename T>
+__device__ inline float read(const Table& table, int64_t i) {
+  return table.wide ? static_cast<const float*>(table.data)[i] : to_float(static_cast<const T*>(table.data)[i]);
+}
+
+// From products of q and k to scores; -inf where a query does not see a key.
+template <typename T>
+__device__ inline float score(const Problems& a, float product, int h, int query, int key) {
+  if (key >= a.f || (a.causal && key > query)) return -kInfinity;
+  const bool biased = a.bias.data != nullptr && query < a.f;
+  const int64_t at = h * a.bias.stride_h + query * a.bias.stride_f + key;
+  return fmaf(product, a.scale, biased ? read<T>(a.bias, at) : 0.0f);
+}
+
+// The sums over keys of a lane's two rows of queries.
+struct Running {
+  float top[2] = {-kInfinity, -kInfinity}, base[2], sum[2] = {};
+
+  // Takes 16 more keys: their scores become exp(score - base). What was summed with them before is to be faded.
+  __device__ void take(Scores& s, float (&fade)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float before = top[r];
+      top[r] = fmaxf(before, row_max(fmaxf(fmaxf(s[0][2 * r], s[0][2 * r + 1]), fmaxf(s[1][2 * r], s[1][2 * r + 1]))));
+      base[r] = top[r] == -kInfinity ? 0.0f : top[r];  // a query that sees no key
+      fade[r] = expf(before - base[r]);
+      sum[r] *= fade[r];
+    }
+    for_each_score([&](int half, int i) {
+      s[half][i] = expf(s[half][i] - base[i / 2]);
+      sum[i / 2] += s[half][i];
+    });
+  }
+
+  __device__ float inverse(int r) const {
+    const float total = row_sum(sum[r]);
+    return total == 0.0f ? 0.0f : 1.0f / total;
+  }
+};
+
+// --- forward: a warp takes 16 queries ---
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads) temporal_attention_kernel(const Forward a) {
+  constexpr int kWords = D / 8;
+  const Problems& all = a.problems;
+  const int tiles = (all.f + kTile - 1) / kTile;
+  const int64_t index = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kWarp;
+  const int64_t problem = index / tiles;
+  if (problem >= static_cast<int64_t>(all.runs) * all.h) return;
+  const int first_query = static_cast<int>(index % tiles) * kTile;
+  const Position at(all, static_cast<int>(problem / all.h), static_cast<int>(problem % all.h));
+  const auto k_rows = rows_of<const T>(all, a.k, at), v_rows = rows_of<const T>(all, a.v, at);
+
+  Tile<T, kWords> q, k, v;
+  Fragment o[kWords] = {};
+  Running softmax;
+  load(rows_of<const T>(all, a.q, at), first_query, 0, q);
+  turn(all, first_query, 0, q);
+#pragma unroll 1
+  for (int first_key = 0; first_key < all.f; first_key += kTile) {
+    load(k_rows, first_key, 0, k);
+    load(v_rows, first_key, 0, v);
+    turn(all, first_key, 0, k);
+    Scores s = {};
+    float fade[2];
+    dot(s, q, k);
+    for_each_score([&](int half, int i) {
+      s[half][i] = score<T>(all, s[half][i], at.h, first_query + row_of(i), first_key + column_of(half, i));
+    });
+    softmax.take(s, fade);
+    for_each_fragment<kWords>([&](int w, int i) { o[w][i] *= fade[i / 2]; });
+    accumulate(o, s, v);
+  }
+  const float inverse[2] = {softmax.inverse(0), softmax.inverse(1)};
+  for_each_fragment<kWords>([&](int w, int i) { o[w][i] *= inverse[i / 2]; });
+  store(rows_of<T>(all, a.o, at), first_query, 0, o);
+}
+
+// --- backward ---
+
+// What a query leaves for its keys: p = exp(score - base) * inverse, ds = p * (dp - delta).
+struct Query {
+  float base, inverse, delta;
+};
+
+// Turns a product of q and k into the probability, and that of grad_o and v into the score's gradient.
+template <typename T>
+__device__ inline void differentiate(const Problems& a, float& s, float& dp, const Query& of, int h, int query, int key) {
+  const bool inside = query < a.f && key < a.f;
+  const float p = expf(score<T>(a, s, h, query, key) - of.base) * of.inverse;
+  s = inside ? p : 0.0f;
+  dp = inside ? p * (dp - of.delta) : 0.0f;
+}
+
+// Adds a tile of scores' gradients to a run's row of the bias's.
+__device__ inline void add_bias_grad(
+    const Backward& a, int64_t row, bool first, const Scores& ds, int first_query, int first_key) {
+  if (a.grad_bias == nullptr) return;
+  const int frames = a.problems.f;
+  float* grad = a.grad_bias + row * frames * frames;
+  for_each_score([&](int half, int i) {
+    const int query = first_query + row_of(i), key = first_key + column_of(half, i);
+    if (query >= frames || key >= frames) return;
+    float& sum = grad[query * frames + key];
+    sum = first ? ds[half][i] : sum + ds[half][i];
+  });
+}
+
+template <typename T>
+struct ProblemRows {
+  Rows<const T> q, k, v, grad_o;
+  Rows<T> grad_q, grad_k, grad_v;
+
+  __device__ ProblemRows(const Backward& a, const Position& at)
+      : q(rows_of<const T>(a.problems, a.q, at)),
+        k(rows_of<const T>(a.problems, a.k, at)),
+        v(rows_of<const T>(a.problems, a.v, at)),
+        grad_o(rows_of<const T>(a.problems, a.grad_o, at)),
+        grad_q(rows_of<T>(a.problems, a.grad_q, at)),
+        grad_k(rows_of<T>(a.problems, a.grad_k, at)),
+        grad_v(rows_of<T>(a.problems, a.grad_v, at)) {}
+};
+
+// The positions that one row of the bias's gradient is of.
+struct Run {
+  int h, first, last;
+
+  __device__ Run(const Problems& a, int64_t row) : h(static_cast<int>(row % a.h)) {
+    const int64_t start = row / a.h * a.run, end = static_cast<int64_t>(a.b) * a.n;
+    first = static_cast<int>(start), last = static_cast<int>(start + a.run < end ? start + a.run : end);
+  }
+};
+
+// At most 16 frames: a warp has all of a problem in its registers.
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads) temporal_attention_backward_one_tile_kernel(const Backward a) {
+  constexpr int kWords = D / 8;
+  const Problems& all = a.problems;
+  const int64_t row = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kWarp;
+  if (row >= static_cast<int64_t>(all.runs) * all.h) return;
+  const Run run(all, row);
+#pragma unroll 1
+  for (int position = run.first; position < run.last; ++position) {
+    const ProblemRows<T> rows(a, Position(all, position, run.h));
+    Tile<T, kWords> q, k, v, grad_o;
+    load(rows.q, 0, 0, q);
+    load(rows.k, 0, 0, k);
+    load(rows.v, 0, 0, v);
+    load(rows.grad_o, 0, 0, grad_o);
+    turn(all, 0, 0, q);
+    turn(all, 0, 0, k);
+
+    Scores s = {}, ds = {}, p;
+    dot(s, q, k);
+    dot(ds, grad_o, v);
+    for_each_score([&](int half, int i) { p[half][i] = score<T>(all, s[half][i], run.h, row_of(i), column_of(half, i)); });
+    Running softmax;
+    float fade[2], delta[2] = {};
+    softmax.take(p, fade);
+    for_each_score([&](int half, int i) { delta[i / 2] += p[half][i] * ds[half][i]; });
+    Query query[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float inverse = softmax.inverse(r);
+      query[r] = {softmax.base[r], inverse, row_sum(delta[r]) * inverse};
+    }
+    for_each_score([&](int half, int i) {
+      differentiate<T>(all, s[half][i], ds[half][i], query[i / 2], run.h, row_of(i), column_of(half, i));
+    });
+    add_bias_grad(a, row, position == run.first, ds, 0, 0);
+    Fragment grad_q[kWords] = {};
+    accumulate(grad_q, ds, k);
+    turn_back<T>(all, 0, grad_q);
+    store(rows.grad_q, 0, 0, grad_q);
+
+    Scores s_t = {}, ds_t = {};  // keys x queries
+    dot(s_t, k, q);
+    dot(ds_t, v, grad_o);
+    for_each_score([&](int half, int i) {
+      const int holder = 4 * column_of(0, i);  // a lane that has this query's row
+      const Query of = {__shfl_sync(kAllLanes, query[half].base, holder),
+                        __shfl_sync(kAllLanes, query[half].inverse, holder),
+                        __shfl_sync(kAllLanes, query[half].delta, holder)};
+      differentiate<T>(all, s_t[half][i], ds_t[half][i], of, run.h, column_of(half, i), row_of(i));
+    });
+    Fragment grad_v[kWords] = {}, grad_k[kWords] = {};
+    accumulate(grad_v, s_t, grad_o);
+    store(rows.grad_v, 0, 0, grad_v);
+    accumulate(grad_k, ds_t, q);
+    turn_back<T>(all, 0, grad_k);
+    store(rows.grad_k, 0, 0, grad_k);
+  }
+}
+
+// s += x y^T, read chunk by chunk; rotated first if they are q and k.
+template <int D, bool kTurned, typename T>
+__device__ inline void dot_rows(
+    const Problems& a, Scores& s, const Rows<const T>& x, int first_x, const Rows<const T>& y, int first_y) {
+  for_each_chunk<D / 8>([&](auto first, auto count) {
+    Tile<T, count> x_tile, y_tile;
+    load(x, first_x, 8 * first, x_tile);
+    load(y, first_y, 8 * first, y_tile);
+    if constexpr (kTurned) {
+      turn(a, first_x, 8 * first, x_tile);
+      turn(a, first_y, 8 * first, y_tile);
+    }
+    dot(s, x_tile, y_tile);
+  });
+}
+
+template <int D, bool kTurned, typename T>
+__device__ inline void accumulate_rows(
+    const Problems& a, Fragment (&o)[D / 8], const Scores& p, const Rows<const T>& x, int first_x) {
+  for_each_chunk<D / 8>([&](auto first, auto count) {
+    Tile<T, count> tile;
+    load(x, first_x, 8 * first, tile);
+    if constexpr (kTurned) turn(a, first_x, 8 * first, tile);
+    accumulate(o + first, p, tile);
+  });
+}
+
+// Warps that share a problem, each taking every kTeam-th tile of queries, then of keys.
+__host__ __device__ inline int team_of(int frames) {
+  const int tiles = (frames + kTile - 1) / kTile;
+  return tiles > 2 ? kWarps : tiles;
+}
+
+// Any number of frames: the queries' sums and gradients first, then, with these sums, the keys' and values' gradients.
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads) temporal_attention_backward_kernel(const Backward a) {
+  __shared__ Shared<Query, kMaxFrames> queries;
+  const Problems& all = a.problems;
+  const int team = team_of(all.f), warp = threadIdx.x / kWarp, step = team * kTile;
+  const int start = warp % team * kTile, first_of_team = warp / team * step;
+  const int64_t row = blockIdx.x * static_cast<int64_t>(kWarps / team) + warp / team;
+  const bool exists = row < static_cast<int64_t>(all.runs) * all.h;
+  const Run run(all, row);
+#pragma unroll 1
+  for (int visit = 0; visit < all.run; ++visit) {
+    const int position = run.first + visit;
+    const bool active = exists && position < run.last;
+    const ProblemRows<T> rows(a, Position(all, position, run.h));
+    const int end = active ? all.f : 0;
+#pragma unroll 1
+    for (int first_query = start; first_query < end; first_query += step) {
+      Running softmax;
+      float fade[2], delta[2] = {};
+#pragma unroll 1
+      for (int first_key = 0; first_key < all.f; first_key += kTile) {
+        Scores s = {}, dp = {};
+        dot_rows<D, true>(all, s, rows.q, first_query, rows.k, first_key);
+        dot_rows<D, false>(all, dp, rows.grad_o, first_query, rows.v, first_key);
+        for_each_score([&](int half, int i) {
+          s[half][i] = score<T>(all, s[half][i], run.h, first_query + row_of(i), first_key + column_of(half, i));
+        });
+        softmax.take(s, fade);
+        delta[0] *= fade[0], delta[1] *= fade[1];
+        for_each_score([&](int half, int i) { delta[i / 2] += s[half][i] * dp[half][i]; });
+      }
+      Query query[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float inverse = softmax.inverse(r);
+        query[r] = {softmax.base[r], inverse, row_sum(delta[r]) * inverse};
+        if (lane_t() == 0) queries[first_of_team + first_query + row_of(2 * r)] = query[r];
+      }
+      Fragment grad_q[D / 8] = {};
+#pragma unroll 1
+      for (int first_key = 0; first_key < all.f; first_key += kTile) {
+        Scores s = {}, ds = {};
+        dot_rows<D, true>(all, s, rows.q, first_query, rows.k, first_key);
+        dot_rows<D, false>(all, ds, rows.grad_o, first_query, rows.v, first_key);
+        for_each_score([&](int half, int i) {
+          differentiate<T>(all, s[half][i], ds[half][i], query[i / 2], run.h, first_query + row_of(i),
+                           first_key + column_of(half, i));
+        });
+        add_bias_grad(a, row, visit == 0, ds, first_query, first_key);
+        accumulate_rows<D, true>(all, grad_q, ds, rows.k, first_key);
+      }
+      turn_back<T>(all, first_query, grad_q);
+      store(rows.grad_q, first_query, 0, grad_q);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int first_key = start; first_key < end; first_key += step) {
+      Fragment grad_k[D / 8] = {}, grad_v[D / 8] = {};
+#pragma unroll 1
+      for (int first_query = 0; first_query < all.f; first_query += kTile) {
+        Scores s = {}, ds = {};  // keys x queries
+        dot_rows<D, true>(all, s, rows.k, first_key, rows.q, first_query);
+        dot_rows<D, false>(all, ds, rows.v, first_key, rows.grad_o, first_query);
+        for_each_score([&](int half, int i) {
+          const int query = first_query + column_of(half, i);
+          differentiate<T>(all, s[half][i], ds[half][i], queries[first_of_team + query], run.h, query,
+                           first_key + row_of(i));
+        });
+        accumulate_rows<D, false>(all, grad_v, s, rows.grad_o, first_query);
+        accumulate_rows<D, true>(all, grad_k, ds, rows.q, first_query);
+      }
+      store(rows.grad_v, first_key, 0, grad_v);
+      turn_back<T>(all, first_key, grad_k);
+      store(rows.grad_k, first_key, 0, grad_k);
+    }
+    __syncthreads();
+  }
+}
+
+// Calls f(Constant<d>{}).
+template <typename F>
+void with_head_size(int d, F f) {
+  switch (d) {
+    case 32: return f(Constant<32>{});
+    case 64: return f(Constant<64>{});
+    case 72: return f(Constant<72>{});
+    case 80: return f(Constant<80>{});
+    case 96: return f(Constant<96>{});
+    case 128: return f(Constant<128>{});
+    default: STD_TORCH_CHECK(false, "d must be 32, 64, 72, 80, 96 or 128, got ", d);
+  }
+}
+
+int64_t blocks_of(int64_t items, int per_block) { return (items + per_block - 1) / per_block; }
+
+}  // namespace
+
+template <typename T>
+void launch_forward(const Tensor& on, const Forward& call) {
+  const Problems& all = call.problems;
+  const int64_t warps = static_cast<int64_t>(all.runs) * all.h * blocks_of(all.f, kTile);
+  with_head_size(all.d, [&](auto d) {
+    launch(on, temporal_attention_kernel<T, d>, blocks_of(warps, kWarps), kThreads, call);
+  });
+}
+
+template <typename T>
+void launch_backward(const Tensor& on, const Backward& call) {
+  const Problems& all = call.problems;
+  const int64_t rows = static_cast<int64_t>(all.runs) * all.h;
+  with_head_size(all.d, [&](auto d) {
+    if constexpr (sizeof(T) == 2) {
+      if (all.f <= kTile)
+        return launch(on, temporal_attention_backward_one_tile_kernel<T, d>, blocks_of(rows, kWarps), kThreads, call);
+    }
+    const int teams = all.f == 0 ? 1 : kWarps / team_of(all.f);
+    launch(on, temporal_attention_backward_kernel<T, d>, blocks_of(rows, teams), kThreads, call);
+  });
+}
+
+}  // namespace vidkern::cuda
