@@ -1,5 +1,7 @@
 """Operators as public functions call them: straight to the backend, or through torch's dispatcher, with one result."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ class Seen(TorchDispatchMode):
 class Wrapped(Tensor):
     """A tensor subclass that notes what it passes through."""
 
-    seen: list[str] = []
+    seen: ClassVar[list[str]] = []
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

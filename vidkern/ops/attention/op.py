@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vidkern import _library
-from vidkern._dispatch import Kernel
+from vidkern._dispatch import Kernel, compiled, triton_kernel
 from vidkern.ops import _check
 from vidkern.ops.attention import cpu_library, cuda_library, reference
 
@@ -248,10 +248,24 @@ def _attention_like(shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape), x.new_empty((groups, heads, length), dtype=_float32_up(x.dtype))
 
 
+def _temporal_supports(first: Tensor, *_: Any) -> str | None:
+    """Whether the kernels take a call: the public function has checked everything else."""
+    return "float64 is the reference's" if first.dtype == torch.float64 else None
+
+
+def _temporal_kernels(name: str) -> dict[str, Kernel]:
+    """Return the kernels of every backend, each found by the operator's name."""
+    return {
+        "cpu": compiled("cpu", name, _temporal_supports),
+        "triton": triton_kernel("vidkern.ops.attention.triton_kernels", name, _temporal_supports),
+        "cuda": compiled("cuda", name, _temporal_supports),
+    }
+
+
 _temporal_attention = _library.define(
     "temporal_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? cos, Tensor? sin, float scale,"
     " bool causal) -> Tensor",
-    kernels={},
+    kernels=_temporal_kernels("temporal_attention"),
     reference=reference.temporal_attention,
     fake=lambda q, k, v, bias, cos, sin, scale, causal: q.new_empty(q.shape),
 )
@@ -259,14 +273,14 @@ _temporal_attention = _library.define(
 _temporal_attention_backward = _library.define(
     "temporal_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? cos, Tensor? sin,"
     " float scale, bool causal, bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
-    kernels={},
+    kernels=_temporal_kernels("temporal_attention_backward"),
     reference=reference.temporal_attention_backward,
     fake=lambda do, q, k, v, bias, cos, sin, scale, causal, bias_grad: _temporal_grads_like(q, bias, bias_grad),
 )
 
 _temporal_attention_packed = _library.define(
     "temporal_attention_packed(Tensor qkv, Tensor? bias, Tensor? cos, Tensor? sin, float scale, bool causal) -> Tensor",
-    kernels={},
+    kernels=_temporal_kernels("temporal_attention_packed"),
     reference=reference.temporal_attention_packed,
     fake=lambda qkv, bias, cos, sin, scale, causal: qkv.new_empty(_without_three(qkv)),
 )
@@ -274,7 +288,7 @@ _temporal_attention_packed = _library.define(
 _temporal_attention_packed_backward = _library.define(
     "temporal_attention_packed_backward(Tensor do, Tensor qkv, Tensor? bias, Tensor? cos, Tensor? sin, float scale,"
     " bool causal, bool bias_grad) -> (Tensor dqkv, Tensor dbias)",
-    kernels={},
+    kernels=_temporal_kernels("temporal_attention_packed_backward"),
     reference=reference.temporal_attention_packed_backward,
     fake=lambda do, qkv, bias, cos, sin, scale, causal, bias_grad: (
         qkv.new_empty(qkv.shape),
@@ -349,7 +363,7 @@ def _save_temporal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.scale, ctx.causal = scale, causal
 
 
-def _backward_temporal(operator: torch._ops.OpOverload) -> Any:
+def _backward_temporal(operator: _library.Operator) -> Any:
     def backward(ctx: Any, do: Tensor | None) -> tuple[Tensor | None, ...]:
         *tokens, bias, cos, sin = ctx.saved_tensors
         if do is None:
