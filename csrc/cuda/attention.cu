@@ -25,36 +25,49 @@ Heads heads_of(const Tensor& x, int part = 0) {
           rows_aligned(x)};
 }
 
-Table table_of(const Optional& table) {
-  if (!table.has_value()) return {};
-  const bool by_head = table->dim() == 3;
-  return {table->data_ptr(), by_head ? table->stride(0) : 0, table->stride(by_head ? 1 : 0),
-          table->scalar_type() == ScalarType::Float, rows_aligned(*table)};
-}
+// What all tokens share: bias (H, F, F), cos and sin (F, d), scale and mask.
+struct Options {
+  Optional bias, cos, sin;  // contiguous float32, as kernels read them
+  double scale;
+  bool causal;
 
-// Positions that a warp takes where the bias has a gradient: enough warps for any GPU, and few rows to add up.
-constexpr int64_t kTilesOfAll = 8192;
+  Options(const Optional& bias, const Optional& cos, const Optional& sin, double scale, bool causal)
+      : bias(floats(bias)), cos(floats(cos)), sin(floats(sin)), scale(scale), causal(causal) {}
 
-Problems problems_of(const Tensor& tokens, const Optional& bias, const Optional& cos, const Optional& sin, double scale,
-                     bool causal, bool bias_grad) {
-  const int64_t last = tokens.dim() - 1, b = tokens.size(0), f = tokens.size(1), n = tokens.size(2);
-  const int64_t h = tokens.size(last - 1), positions = b * n, tiles = (f + 15) / 16;
-  STD_TORCH_CHECK(f <= kMaxFrames, "F must be at most ", kMaxFrames, ", got ", f);
-  STD_TORCH_CHECK(positions <= std::numeric_limits<int>::max(), "B * N must be below 2^31, got ", positions);
-  const int64_t rows = std::max<int64_t>(1, kTilesOfAll / std::max<int64_t>(1, h * tiles));
-  const int64_t run = bias_grad ? std::max<int64_t>(1, (positions + rows - 1) / rows) : 1;
-  const auto i32 = [](int64_t x) { return static_cast<int>(x); };
-  return {i32(b), i32(f), i32(n), i32(h), i32(tokens.size(last)), i32(run), i32((positions + run - 1) / run),
-          table_of(bias), table_of(cos), table_of(sin), static_cast<float>(scale), causal};
-}
-
-Tensor run_forward(const Tensor& tokens, const Forward& call, const Tensor& o) {
-  switch (dtype_of(tokens)) {
-    case Dtype::float32: launch_forward<float>(tokens, call); break;
-    case Dtype::bfloat16: launch_forward<__nv_bfloat16>(tokens, call); break;
-    case Dtype::float16: launch_forward<__half>(tokens, call); break;
+  static Optional floats(const Optional& table) {
+    if (!table.has_value()) return table;
+    if (table->scalar_type() == ScalarType::Float && table->is_contiguous() && rows_aligned(*table)) return table;
+    Tensor copy = torch::stable::new_empty(*table, table->sizes(), ScalarType::Float);
+    return torch::stable::copy_(copy, *table);
   }
-  return o;
+
+  static const float* data(const Optional& table) {
+    return table.has_value() ? table->const_data_ptr<float>() : nullptr;
+  }
+};
+
+constexpr int64_t kWarpsWanted = 8192;  // where the bias has a gradient: enough for any GPU, and few rows to add up
+
+Problems problems_of(const Tensor& tokens, const Options& options, bool bias_grad) {  // tokens (..., H, d)
+  const int64_t b = tokens.size(0), f = tokens.size(1), n = tokens.size(2), h = tokens.size(-2), d = tokens.size(-1);
+  STD_TORCH_CHECK(f <= kMaxFrames, "F must be at most ", kMaxFrames, ", got ", f);
+  const int64_t positions = b * n, tiles = (f + kTile - 1) / kTile;
+  STD_TORCH_CHECK(positions <= std::numeric_limits<int>::max(), "B * N must be below 2^31, got ", positions);
+  const int64_t runs_wanted = kWarpsWanted / (h * std::max<int64_t>(1, tiles)) + 1;
+  const int64_t run = bias_grad ? std::max<int64_t>(1, (positions + runs_wanted - 1) / runs_wanted) : 1;
+  const int64_t runs = (positions + run - 1) / run;
+  const auto narrow = [](int64_t x) { return static_cast<int>(x); };
+  return {narrow(b), narrow(f), narrow(n), narrow(h), narrow(d), narrow(run), narrow(runs),
+          Options::data(options.bias), Options::data(options.cos), Options::data(options.sin),
+          static_cast<float>(options.scale), options.causal};
+}
+
+void run_forward(const Tensor& tokens, const Forward& call) {
+  switch (dtype_of(tokens)) {
+    case Dtype::float32: return launch_forward<float>(tokens, call);
+    case Dtype::bfloat16: return launch_forward<__nv_bfloat16>(tokens, call);
+    case Dtype::float16: return launch_forward<__half>(tokens, call);
+  }
 }
 
 constexpr int kSumColumns = 32, kSumSlices = 8;  // a block adds kSumSlices stretches of runs side by side
@@ -96,42 +109,40 @@ Tensor run_backward(const Tensor& tokens, Backward call, bool bias_grad) {
 
 Tensor temporal_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias, const Optional& cos,
                           const Optional& sin, double scale, bool causal) {
-  const Tensor o = empty_beside(q, {q.size(0), q.size(1), q.size(2), q.size(3), q.size(4)}, q.scalar_type());
-  const Problems all = problems_of(q, bias, cos, sin, scale, causal, false);
-  return run_forward(q, {all, heads_of(q), heads_of(k), heads_of(v), heads_of(o)}, o);
+  const Options options(bias, cos, sin, scale, causal);
+  const Tensor o = torch::stable::new_empty(q, q.sizes());
+  run_forward(q, {problems_of(q, options, false), heads_of(q), heads_of(k), heads_of(v), heads_of(o)});
+  return o;
 }
 
 Tensor temporal_attention_packed(const Tensor& qkv, const Optional& bias, const Optional& cos, const Optional& sin,
                                  double scale, bool causal) {
-  const Tensor o =
-      empty_beside(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(4), qkv.size(5)}, qkv.scalar_type());
-  const Problems all = problems_of(qkv, bias, cos, sin, scale, causal, false);
-  return run_forward(qkv, {all, heads_of(qkv, kQ), heads_of(qkv, kK), heads_of(qkv, kV), heads_of(o)}, o);
+  const Options options(bias, cos, sin, scale, causal);
+  const Tensor o = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(4), qkv.size(5)});
+  run_forward(qkv, {problems_of(qkv, options, false), heads_of(qkv, kQ), heads_of(qkv, kK), heads_of(qkv, kV),
+                    heads_of(o)});
+  return o;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> temporal_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias, const Optional& cos,
     const Optional& sin, double scale, bool causal, bool bias_grad) {
-  const auto like_q = [&] {
-    return empty_beside(q, {q.size(0), q.size(1), q.size(2), q.size(3), q.size(4)}, q.scalar_type());
-  };
-  const Tensor dq = like_q(), dk = like_q(), dv = like_q();
-  const Problems all = problems_of(q, bias, cos, sin, scale, causal, bias_grad);
-  const Backward call = {all, heads_of(q), heads_of(k), heads_of(v), heads_of(grad), heads_of(dq), heads_of(dk),
-                         heads_of(dv), nullptr};
-  const Tensor dbias = run_backward(q, call, bias_grad);
+  const Options options(bias, cos, sin, scale, causal);
+  const Tensor dq = torch::stable::new_empty(q, q.sizes()), dk = torch::stable::new_empty(q, q.sizes());
+  const Tensor dv = torch::stable::new_empty(q, q.sizes());
+  const Tensor dbias = run_backward(q, {problems_of(q, options, bias_grad), heads_of(q), heads_of(k), heads_of(v),
+                                        heads_of(grad), heads_of(dq), heads_of(dk), heads_of(dv), nullptr}, bias_grad);
   return {dq, dk, dv, dbias};
 }
 
 std::tuple<Tensor, Tensor> temporal_attention_packed_backward(
     const Tensor& grad, const Tensor& qkv, const Optional& bias, const Optional& cos, const Optional& sin, double scale,
     bool causal, bool bias_grad) {
-  const Tensor dqkv = empty_beside(
-      qkv, {qkv.size(0), qkv.size(1), qkv.size(2), 3, qkv.size(4), qkv.size(5)}, qkv.scalar_type());
-  const Problems all = problems_of(qkv, bias, cos, sin, scale, causal, bias_grad);
-  const Backward call = {all, heads_of(qkv, kQ), heads_of(qkv, kK), heads_of(qkv, kV), heads_of(grad),
-                         heads_of(dqkv, kQ), heads_of(dqkv, kK), heads_of(dqkv, kV), nullptr};
-  const Tensor dbias = run_backward(qkv, call, bias_grad);
+  const Options options(bias, cos, sin, scale, causal);
+  const Tensor dqkv = torch::stable::new_empty(qkv, qkv.sizes());
+  const Tensor dbias = run_backward(
+      qkv, {problems_of(qkv, options, bias_grad), heads_of(qkv, kQ), heads_of(qkv, kK), heads_of(qkv, kV),
+            heads_of(grad), heads_of(dqkv, kQ), heads_of(dqkv, kK), heads_of(dqkv, kV), nullptr}, bias_grad);
   return {dqkv, dbias};
 }
 

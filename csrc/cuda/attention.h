@@ -9,6 +9,7 @@
 namespace vidkern::cuda {
 
 constexpr int kMaxFrames = 256;
+constexpr int kTile = 16;  // frames that a warp takes at a time
 
 struct Heads {  // (B, F, N, H, d), any strides but the last
   void* data;
@@ -16,17 +17,10 @@ struct Heads {  // (B, F, N, H, d), any strides but the last
   bool aligned;  // every row starts at a multiple of 16 bytes
 };
 
-struct Table {  // (F, d) or, with stride_h, (H, F, F); null where there is none
-  const void* data;
-  int64_t stride_h, stride_f;
-  bool wide;     // float32, else the tokens' dtype
-  bool aligned;  // every row starts at a multiple of 16 bytes
-};
-
 struct Problems {
   int b, f, n, h, d;
   int run, runs;  // positions that a warp takes, and how many such runs there are
-  Table bias, cos, sin;
+  const float *bias, *cos, *sin;  // (H, F, F), (F, d), (F, d), contiguous; null where there is none
   float scale;
   bool causal;
 };

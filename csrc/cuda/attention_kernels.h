@@ -26,54 +26,47 @@ __device__ inline Rows<T> rows_of(const Problems& a, const Heads& x, const Posit
   return {data, x.stride_f, a.f, x.aligned};
 }
 
-template <typename T>
-__device__ inline Rows<const T> rows_of(const Problems& a, const Table& table) {
-  return {static_cast<const T*>(table.data), table.stride_f, a.f, table.aligned};
-}
-
 // --- rotary positions ---
 
-// f(word, row of the lane's two, cos, sin) for every word of a tile, with Table the type of the tables.
-template <typename Table, int kWords, typename F>
+// f(word, row of the lane's two, cos, sin) for every word of a tile.
+template <int kWords, typename F>
 __device__ inline void for_each_turn(const Problems& a, int first_row, int first_column, F f) {
-  const auto cos_rows = rows_of<Table>(a, a.cos), sin_rows = rows_of<Table>(a, a.sin);
-  for_each_chunk<kWords>([&](auto first, auto count) {
-    Tile<Table, count> cos, sin;
-    load(cos_rows, first_row, first_column + 8 * first, cos);
-    load(sin_rows, first_row, first_column + 8 * first, sin);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+  for (int r = 0; r < 2; ++r) {
+    const int frame = first_row + lane_g() + 8 * r;
+    if (frame >= a.f) continue;
+    const float *cos = a.cos + frame * a.d + first_column, *sin = a.sin + frame * a.d + first_column;
+    for_each_chunk<kWords>([&](auto first, auto count) {
+      constexpr int kHalf = count == 1 ? 1 : 2;
 #pragma unroll
-      for (int w = 0; w < count; ++w)
-        f(first + w, r, WordOf<Table>::widen(cos.rows[r][w]), WordOf<Table>::widen(sin.rows[r][w]));
-    }
-  });
-}
-
-template <typename T, int kWords, typename F>
-__device__ inline void with_turns(const Problems& a, int first_row, int first_column, F f) {
-  if (a.cos.data == nullptr) return;
-  if (a.cos.wide) {
-    for_each_turn<float, kWords>(a, first_row, first_column, f);
-  } else {
-    for_each_turn<T, kWords>(a, first_row, first_column, f);
+      for (int w = 0; w < count; w += kHalf) {
+        using Angles = Chunk<float, kHalf>;
+        const int column = chunk_column<first, count>() + 2 * w;
+        const Angles cos_chunk = Angles::template load<true>(cos + column);
+        const Angles sin_chunk = Angles::template load<true>(sin + column);
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) f(first + w + i, r, cos_chunk.words[i], sin_chunk.words[i]);
+      }
+    });
   }
 }
 
 // Rotates a tile of q or k by the angles of its frames.
 template <typename T, int kWords>
 __device__ inline void turn(const Problems& a, int first_row, int first_column, Tile<T, kWords>& tile) {
-  with_turns<T, kWords>(a, first_row, first_column, [&](int w, int r, float2 cos, float2 sin) {
+  if (a.cos == nullptr) return;
+  for_each_turn<kWords>(a, first_row, first_column, [&](int w, int r, float2 cos, float2 sin) {
     const float2 x = WordOf<T>::widen(tile.rows[r][w]);
     tile.rows[r][w] = WordOf<T>::round(x.x * cos.x - x.y * sin.x, x.y * cos.y + x.x * sin.y);
   });
 }
 
 // Scales the gradient of a tile of q or k and rotates it back.
-template <typename T, int kWords>
+template <int kWords>
 __device__ inline void turn_back(const Problems& a, int first_row, Fragment (&grad)[kWords]) {
   for_each_fragment<kWords>([&](int w, int i) { grad[w][i] *= a.scale; });
-  with_turns<T, kWords>(a, first_row, 0, [&](int w, int r, float2 cos, float2 sin) {
+  if (a.cos == nullptr) return;
+  for_each_turn<kWords>(a, first_row, 0, [&](int w, int r, float2 cos, float2 sin) {
     float &x = grad[w][2 * r], &y = grad[w][2 * r + 1];
     const float before = x;
     x = before * cos.x + y * sin.y;
@@ -81,20 +74,47 @@ __device__ inline void turn_back(const Problems& a, int first_row, Fragment (&gr
   });
 }
 
-// --- scores ---
+// --- products of rows as they are read, a chunk of columns at a time; q and k are rotated first ---
 
-template <typename T>
-__device__ inline float read(const Table& table, int64_t i) {
-  return table.wide ? static_cast<const float*>(table.data)[i] : to_float(static_cast<const T*>(table.data)[i]);
+// s += x y^T.
+template <int D, bool kTurned, typename T>
+__device__ inline void dot_rows(
+    const Problems& a, Scores& s, const Rows<const T>& x, int first_x, const Rows<const T>& y, int first_y) {
+  const auto take = [&](int first_column, auto count) {
+    Tile<T, count> x_tile, y_tile;
+    load(x, first_x, first_column, x_tile);
+    load(y, first_y, first_column, y_tile);
+    if constexpr (kTurned) {
+      turn(a, first_x, first_column, x_tile);
+      turn(a, first_y, first_column, y_tile);
+    }
+    dot(s, x_tile, y_tile);
+  };
+  constexpr int kChunk = 32;
+#pragma unroll(sizeof(T) == 4 ? 1 : D / kChunk)  // float32 has much code for a chunk
+  for (int first_column = 0; first_column + kChunk <= D; first_column += kChunk) take(first_column, Constant<4>{});
+  if constexpr (D % kChunk > 0) take(D - D % kChunk, Constant<D % kChunk / 8>{});
 }
 
-// From products of q and k to scores; -inf where a query does not see a key.
-template <typename T>
+// o += p x.
+template <int D, bool kTurned, typename T>
+__device__ inline void accumulate_rows(
+    const Problems& a, Fragment (&o)[D / 8], const Scores& p, const Rows<const T>& x, int first_x) {
+  for_each_chunk<D / 8>([&](auto first, auto count) {
+    Tile<T, count> tile;
+    load(x, first_x, 8 * first, tile);
+    if constexpr (kTurned) turn(a, first_x, 8 * first, tile);
+    accumulate(o + first, p, tile);
+  });
+}
+
+// --- scores ---
+
+// From a product of q and k to the score; -inf where a query does not see a key.
 __device__ inline float score(const Problems& a, float product, int h, int query, int key) {
   if (key >= a.f || (a.causal && key > query)) return -kInfinity;
-  const bool biased = a.bias.data != nullptr && query < a.f;
-  const int64_t at = h * a.bias.stride_h + query * a.bias.stride_f + key;
-  return fmaf(product, a.scale, biased ? read<T>(a.bias, at) : 0.0f);
+  const bool biased = a.bias != nullptr && query < a.f;
+  return fmaf(product, a.scale, biased ? a.bias[(static_cast<int64_t>(h) * a.f + query) * a.f + key] : 0.0f);
 }
 
 // The sums over keys of a lane's two rows of queries.
@@ -126,8 +146,9 @@ struct Running {
 // --- forward: a warp takes 16 queries ---
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads) temporal_attention_kernel(const Forward a) {
+__global__ void __maxnreg__(255) temporal_attention_kernel(const Forward a) {
   constexpr int kWords = D / 8;
+  constexpr bool kHeld = sizeof(T) == 2;  // float32 would take all registers: its rows are read again
   const Problems& all = a.problems;
   const int tiles = (all.f + kTile - 1) / kTile;
   const int64_t index = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kWarp;
@@ -135,27 +156,38 @@ __global__ void __launch_bounds__(kThreads) temporal_attention_kernel(const Forw
   if (problem >= static_cast<int64_t>(all.runs) * all.h) return;
   const int first_query = static_cast<int>(index % tiles) * kTile;
   const Position at(all, static_cast<int>(problem / all.h), static_cast<int>(problem % all.h));
-  const auto k_rows = rows_of<const T>(all, a.k, at), v_rows = rows_of<const T>(all, a.v, at);
+  const auto q_rows = rows_of<const T>(all, a.q, at), k_rows = rows_of<const T>(all, a.k, at);
+  const auto v_rows = rows_of<const T>(all, a.v, at);
 
   Tile<T, kWords> q, k, v;
   Fragment o[kWords] = {};
   Running softmax;
-  load(rows_of<const T>(all, a.q, at), first_query, 0, q);
-  turn(all, first_query, 0, q);
+  if constexpr (kHeld) {
+    load(q_rows, first_query, 0, q);
+    turn(all, first_query, 0, q);
+  }
 #pragma unroll 1
   for (int first_key = 0; first_key < all.f; first_key += kTile) {
-    load(k_rows, first_key, 0, k);
-    load(v_rows, first_key, 0, v);
-    turn(all, first_key, 0, k);
     Scores s = {};
     float fade[2];
-    dot(s, q, k);
+    if constexpr (kHeld) {
+      load(k_rows, first_key, 0, k);
+      load(v_rows, first_key, 0, v);
+      turn(all, first_key, 0, k);
+      dot(s, q, k);
+    } else {
+      dot_rows<D, true>(all, s, q_rows, first_query, k_rows, first_key);
+    }
     for_each_score([&](int half, int i) {
-      s[half][i] = score<T>(all, s[half][i], at.h, first_query + row_of(i), first_key + column_of(half, i));
+      s[half][i] = score(all, s[half][i], at.h, first_query + row_of(i), first_key + column_of(half, i));
     });
     softmax.take(s, fade);
     for_each_fragment<kWords>([&](int w, int i) { o[w][i] *= fade[i / 2]; });
-    accumulate(o, s, v);
+    if constexpr (kHeld) {
+      accumulate(o, s, v);
+    } else {
+      accumulate_rows<D, false>(all, o, s, v_rows, first_key);
+    }
   }
   const float inverse[2] = {softmax.inverse(0), softmax.inverse(1)};
   for_each_fragment<kWords>([&](int w, int i) { o[w][i] *= inverse[i / 2]; });
@@ -170,10 +202,9 @@ struct Query {
 };
 
 // Turns a product of q and k into the probability, and that of grad_o and v into the score's gradient.
-template <typename T>
 __device__ inline void differentiate(const Problems& a, float& s, float& dp, const Query& of, int h, int query, int key) {
   const bool inside = query < a.f && key < a.f;
-  const float p = expf(score<T>(a, s, h, query, key) - of.base) * of.inverse;
+  const float p = expf(score(a, s, h, query, key) - of.base) * of.inverse;
   s = inside ? p : 0.0f;
   dp = inside ? p * (dp - of.delta) : 0.0f;
 }
@@ -219,7 +250,7 @@ struct Run {
 
 // At most 16 frames: a warp has all of a problem in its registers.
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads) temporal_attention_backward_one_tile_kernel(const Backward a) {
+__global__ void __maxnreg__(255) temporal_attention_backward_one_tile_kernel(const Backward a) {
   constexpr int kWords = D / 8;
   const Problems& all = a.problems;
   const int64_t row = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kWarp;
@@ -236,10 +267,12 @@ __global__ void __launch_bounds__(kThreads) temporal_attention_backward_one_tile
     turn(all, 0, 0, q);
     turn(all, 0, 0, k);
 
-    Scores s = {}, ds = {}, p;
+    Scores s = {}, ds = {}, s_t = {}, ds_t = {}, p;  // queries x keys, keys x queries
     dot(s, q, k);
+    dot(s_t, k, q);
     dot(ds, grad_o, v);
-    for_each_score([&](int half, int i) { p[half][i] = score<T>(all, s[half][i], run.h, row_of(i), column_of(half, i)); });
+    dot(ds_t, v, grad_o);
+    for_each_score([&](int half, int i) { p[half][i] = score(all, s[half][i], run.h, row_of(i), column_of(half, i)); });
     Running softmax;
     float fade[2], delta[2] = {};
     softmax.take(p, fade);
@@ -251,58 +284,25 @@ __global__ void __launch_bounds__(kThreads) temporal_attention_backward_one_tile
       query[r] = {softmax.base[r], inverse, row_sum(delta[r]) * inverse};
     }
     for_each_score([&](int half, int i) {
-      differentiate<T>(all, s[half][i], ds[half][i], query[i / 2], run.h, row_of(i), column_of(half, i));
+      differentiate(all, s[half][i], ds[half][i], query[i / 2], run.h, row_of(i), column_of(half, i));
+      const int holder = 4 * column_of(0, i);  // a lane that has this column's query
+      const Query of = {__shfl_sync(kAllLanes, query[half].base, holder),
+                        __shfl_sync(kAllLanes, query[half].inverse, holder),
+                        __shfl_sync(kAllLanes, query[half].delta, holder)};
+      differentiate(all, s_t[half][i], ds_t[half][i], of, run.h, column_of(half, i), row_of(i));
     });
     add_bias_grad(a, row, position == run.first, ds, 0, 0);
     Fragment grad_q[kWords] = {};
     accumulate(grad_q, ds, k);
-    turn_back<T>(all, 0, grad_q);
+    turn_back(all, 0, grad_q);
     store(rows.grad_q, 0, 0, grad_q);
-
-    Scores s_t = {}, ds_t = {};  // keys x queries
-    dot(s_t, k, q);
-    dot(ds_t, v, grad_o);
-    for_each_score([&](int half, int i) {
-      const int holder = 4 * column_of(0, i);  // a lane that has this query's row
-      const Query of = {__shfl_sync(kAllLanes, query[half].base, holder),
-                        __shfl_sync(kAllLanes, query[half].inverse, holder),
-                        __shfl_sync(kAllLanes, query[half].delta, holder)};
-      differentiate<T>(all, s_t[half][i], ds_t[half][i], of, run.h, column_of(half, i), row_of(i));
-    });
     Fragment grad_v[kWords] = {}, grad_k[kWords] = {};
     accumulate(grad_v, s_t, grad_o);
     store(rows.grad_v, 0, 0, grad_v);
     accumulate(grad_k, ds_t, q);
-    turn_back<T>(all, 0, grad_k);
+    turn_back(all, 0, grad_k);
     store(rows.grad_k, 0, 0, grad_k);
   }
-}
-
-// s += x y^T, read chunk by chunk; rotated first if they are q and k.
-template <int D, bool kTurned, typename T>
-__device__ inline void dot_rows(
-    const Problems& a, Scores& s, const Rows<const T>& x, int first_x, const Rows<const T>& y, int first_y) {
-  for_each_chunk<D / 8>([&](auto first, auto count) {
-    Tile<T, count> x_tile, y_tile;
-    load(x, first_x, 8 * first, x_tile);
-    load(y, first_y, 8 * first, y_tile);
-    if constexpr (kTurned) {
-      turn(a, first_x, 8 * first, x_tile);
-      turn(a, first_y, 8 * first, y_tile);
-    }
-    dot(s, x_tile, y_tile);
-  });
-}
-
-template <int D, bool kTurned, typename T>
-__device__ inline void accumulate_rows(
-    const Problems& a, Fragment (&o)[D / 8], const Scores& p, const Rows<const T>& x, int first_x) {
-  for_each_chunk<D / 8>([&](auto first, auto count) {
-    Tile<T, count> tile;
-    load(x, first_x, 8 * first, tile);
-    if constexpr (kTurned) turn(a, first_x, 8 * first, tile);
-    accumulate(o + first, p, tile);
-  });
 }
 
 // Warps that share a problem, each taking every kTeam-th tile of queries, then of keys.
@@ -313,7 +313,7 @@ __host__ __device__ inline int team_of(int frames) {
 
 // Any number of frames: the queries' sums and gradients first, then, with these sums, the keys' and values' gradients.
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads) temporal_attention_backward_kernel(const Backward a) {
+__global__ void __maxnreg__(255) temporal_attention_backward_kernel(const Backward a) {
   __shared__ Shared<Query, kMaxFrames> queries;
   const Problems& all = a.problems;
   const int team = team_of(all.f), warp = threadIdx.x / kWarp, step = team * kTile;
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(kThreads) temporal_attention_backward_kernel(c
         dot_rows<D, true>(all, s, rows.q, first_query, rows.k, first_key);
         dot_rows<D, false>(all, dp, rows.grad_o, first_query, rows.v, first_key);
         for_each_score([&](int half, int i) {
-          s[half][i] = score<T>(all, s[half][i], run.h, first_query + row_of(i), first_key + column_of(half, i));
+          s[half][i] = score(all, s[half][i], run.h, first_query + row_of(i), first_key + column_of(half, i));
         });
         softmax.take(s, fade);
         delta[0] *= fade[0], delta[1] *= fade[1];
@@ -357,13 +357,13 @@ __global__ void __launch_bounds__(kThreads) temporal_attention_backward_kernel(c
         dot_rows<D, true>(all, s, rows.q, first_query, rows.k, first_key);
         dot_rows<D, false>(all, ds, rows.grad_o, first_query, rows.v, first_key);
         for_each_score([&](int half, int i) {
-          differentiate<T>(all, s[half][i], ds[half][i], query[i / 2], run.h, first_query + row_of(i),
+          differentiate(all, s[half][i], ds[half][i], query[i / 2], run.h, first_query + row_of(i),
                            first_key + column_of(half, i));
         });
         add_bias_grad(a, row, visit == 0, ds, first_query, first_key);
         accumulate_rows<D, true>(all, grad_q, ds, rows.k, first_key);
       }
-      turn_back<T>(all, first_query, grad_q);
+      turn_back(all, first_query, grad_q);
       store(rows.grad_q, first_query, 0, grad_q);
     }
     __syncthreads();
@@ -377,14 +377,14 @@ __global__ void __launch_bounds__(kThreads) temporal_attention_backward_kernel(c
         dot_rows<D, false>(all, ds, rows.v, first_key, rows.grad_o, first_query);
         for_each_score([&](int half, int i) {
           const int query = first_query + column_of(half, i);
-          differentiate<T>(all, s[half][i], ds[half][i], queries[first_of_team + query], run.h, query,
+          differentiate(all, s[half][i], ds[half][i], queries[first_of_team + query], run.h, query,
                            first_key + row_of(i));
         });
         accumulate_rows<D, false>(all, grad_v, s, rows.grad_o, first_query);
         accumulate_rows<D, true>(all, grad_k, ds, rows.q, first_query);
       }
       store(rows.grad_v, first_key, 0, grad_v);
-      turn_back<T>(all, first_key, grad_k);
+      turn_back(all, first_key, grad_k);
       store(rows.grad_k, first_key, 0, grad_k);
     }
     __syncthreads();

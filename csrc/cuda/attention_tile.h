@@ -9,7 +9,6 @@
 
 namespace vidkern::cuda {
 
-constexpr int kTile = 16;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ inline int lane_g() { return threadIdx.x % kWarp / 4; }

@@ -1,9 +1,11 @@
-// The modulation family on CUDA: norm, shift and scale of a frame's tokens in one pass.
+// The modulation family on CUDA: residual, norm, shift and scale of a frame's tokens in one pass, and their gradients.
 //
 // A block takes a run of one frame's tokens, a few at a time. Each thread owns the same columns of all of them, so it
 // holds its part of the frame's vectors, and of their gradients, in registers.
 #include <array>
+#include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "common/device.h"
 #include "common/launch.h"
@@ -11,81 +13,152 @@
 namespace vidkern::cuda {
 namespace {
 
-constexpr int kMaxChannels = 8192;
+enum class Norm { none, layer, rms };
 
-// Packs that a thread owns, tokens that a block takes at a time, the widest row, and registers that a thread may use:
-// the fewest without a spill.
-template <int kPacksPerThread, int kTokensAtOnce, int kMaxChannelsHere, int kRegistersAtMost>
+// A member of the family: with or without a residual before the norm.
+struct Kind {
+  bool residual;
+  Norm norm;
+};
+
+constexpr Kind kLayerNormModulate{false, Norm::layer}, kRmsNormModulate{false, Norm::rms};
+constexpr Kind kGateResidual{true, Norm::none};
+constexpr Kind kGateResidualModulate{true, Norm::layer}, kGateResidualRmsModulate{true, Norm::rms};
+
+// Packs that a thread owns, tokens that a block takes at a time, registers that a thread may use, threads of a block.
+template <int kPacksPerThread, int kTokensAtOnce, int kRegistersAtMost, int kThreadsAtMost = 256>
 struct Config {
   static constexpr int kPacks = kPacksPerThread, kTokens = kTokensAtOnce, kRegisters = kRegistersAtMost;
-  static constexpr int kMaxThreads = kMaxChannelsHere / kPack / kPacks, kMaxWarps = kMaxThreads / kWarp;
+  static constexpr int kMaxWarps = kThreadsAtMost / kWarp, kMaxChannels = kThreadsAtMost * kPacks * kPack;
 
-  static bool takes(int64_t d) { return d <= kMaxChannelsHere; }
   static int threads(int64_t d) {
     const int packs = static_cast<int>(d) / kPack, per_thread = (packs + kPacks - 1) / kPacks;
     return (per_thread + kWarp - 1) / kWarp * kWarp;
   }
 };
 
+// A run's rows of one tensor.
+template <typename T>
+struct RunRows {
+  T* first;
+  int64_t stride;
+  bool aligned;
+
+  __device__ RunRows(const Tokens& tokens, const Run& run)
+      : first(static_cast<T*>(tokens.data) + tokens.offset(run.b, run.f, run.first)),
+        stride(tokens.stride_n),
+        aligned(tokens.aligned) {}
+
+  __device__ T* at(int n) const { return first + n * stride; }
+
+  template <int kTokens, int kPacks>
+  __device__ void load(int n, int count, int d, Pack<T> (&packs)[kTokens][kPacks]) const {
+    load_rows(at(n), stride, aligned, count - n, d, packs);
+  }
+};
+
+__device__ inline int64_t first_token(const Shape& shape, const Run& run) {
+  return (run.b * shape.f + run.f) * shape.n + run.first;
+}
+
+template <int kPacks>
+__device__ inline void load_gain(const FrameVector& scale, const Run& run, int d, float (&gain)[kPacks][kPack]) {
+  load_vector(scale, run, d, gain);
+  for_each_element<kPacks>([&](int p, int i) { gain[p][i] += 1.0f; });
+}
+
 struct Forward {
   Runs runs;
-  Tokens x, y;
-  FrameVector shift, scale;
-  float *mean, *rstd;  // (B, F, N)
-  float eps;
+  Dtype dtype;
+  Tokens x = {}, y = {}, z = {}, h = {};
+  FrameVector gate = {}, shift = {}, scale = {};
+  float *mean = nullptr, *rstd = nullptr;  // (B, F, N)
+  float eps = 0.0f;
 };
 
 // The mean is taken twice: `slip` is what rounding left over, and matters where |mean| is far above the deviation.
-template <typename T, typename C>
-__global__ void __maxnreg__(C::kRegisters + (sizeof(T) == 4 ? 8 : 0)) layer_norm_modulate_kernel(const Forward a) {
-  __shared__ Shared<float, C::kMaxWarps * C::kTokens> totals;
-  __shared__ Shared<float, C::kMaxWarps * C::kTokens * 2> moments;
+// The norm is taken of z before it is rounded to T.
+template <Kind kind, typename T, typename C>
+__global__ void __maxnreg__(C::kRegisters) forward_kernel(const Forward a) {
+  constexpr int kTokens = C::kTokens, kPacks = C::kPacks;
+  __shared__ Shared<float, C::kMaxWarps * kTokens * 2> scratch[2];
   const Run run = a.runs[blockIdx.x];
-  const int d = static_cast<int>(a.runs.shape.d);
+  const int d = static_cast<int>(a.runs.shape.d), tokens = static_cast<int>(run.last - run.first);
   const float inverse_d = 1.0f / static_cast<float>(d);
-  const int tokens = static_cast<int>(run.last - run.first);
-  const T* x_run = static_cast<const T*>(a.x.data) + a.x.offset(run.b, run.f, run.first);
-  T* y_run = static_cast<T*>(a.y.data) + a.y.offset(run.b, run.f, run.first);
-  const int64_t first_token = (run.b * a.runs.shape.f + run.f) * a.runs.shape.n + run.first;
-  float scale[1][C::kPacks][kPack], shift[1][C::kPacks][kPack];
-  load_vector(a.scale, run, d, scale);
-  load_vector(a.shift, run, d, shift);
+  const RunRows<T> x_rows(a.x, run), y_rows(a.y, run), z_rows(a.z, run), h_rows(a.h, run);
+  const int64_t first = first_token(a.runs.shape, run);
+  float gate[kPacks][kPack], gain[kPacks][kPack], shift[kPacks][kPack];
+  if constexpr (kind.residual) load_vector(a.gate, run, d, gate);
+  if constexpr (kind.norm != Norm::none) {
+    load_gain(a.scale, run, d, gain);
+    load_vector(a.shift, run, d, shift);
+  }
 
+  int turn = 0;
 #pragma unroll 1
-  for (int n = 0; n < tokens; n += C::kTokens) {
-    float x[C::kTokens][C::kPacks][kPack], total[C::kTokens], moment[2 * C::kTokens];
-    Pack<T> x_packs[C::kTokens][C::kPacks];
-    load_rows(x_run + n * a.x.stride_n, a.x.stride_n, a.x.aligned, tokens - n, d, x_packs);
-    widen(x_packs, x);
+  for (int n = 0; n < tokens; n += kTokens) {
+    float z[kTokens][kPacks][kPack];
+    Pack<T> x_packs[kTokens][kPacks], y_packs[kTokens][kPacks];
+    x_rows.load(n, tokens, d, x_packs);
+    if constexpr (kind.residual) y_rows.load(n, tokens, d, y_packs);
+    widen(x_packs, z);
+    if constexpr (kind.residual) {
 #pragma unroll
-    for (int t = 0; t < C::kTokens; ++t) {
-      total[t] = 0.0f;
-      for_each_element<C::kPacks>([&](int p, int i) { total[t] += x[t][p][i]; });
+      for (int t = 0; t < kTokens; ++t) {
+        float y[kPacks][kPack];
+        widen(y_packs[t], y);
+        for_each_element<kPacks>([&](int p, int i) { z[t][p][i] += gate[p][i] * y[p][i]; });
+        if (n + t < tokens) store_row(z_rows.at(n + t), d, z[t]);
+      }
     }
-    block_sum(total, totals);
+    if constexpr (kind.norm == Norm::none) continue;
+
+    float mean[kTokens] = {}, variance[kTokens];
+    if constexpr (kind.norm == Norm::layer) {
+      float moments[2 * kTokens];
 #pragma unroll
-    for (int t = 0; t < C::kTokens; ++t) {
-      const float mean = total[t] * inverse_d;
-      float &rest = moment[2 * t] = 0.0f, &squares = moment[2 * t + 1] = 0.0f;
-      for_each_element_below<C::kPacks>(d, [&](int p, int i) {
-        x[t][p][i] -= mean;
-        rest += x[t][p][i];
-        squares += x[t][p][i] * x[t][p][i];
-      });
+      for (int t = 0; t < kTokens; ++t)
+        for_each_element<kPacks>([&](int p, int i) { mean[t] += z[t][p][i]; });
+      block_sum(mean, scratch[turn]);
+      turn ^= 1;
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        mean[t] *= inverse_d;
+        float &rest = moments[2 * t] = 0.0f, &squares = moments[2 * t + 1] = 0.0f;
+        for_each_element_below<kPacks>(d, [&](int p, int i) {
+          z[t][p][i] -= mean[t];
+          rest += z[t][p][i];
+          squares += z[t][p][i] * z[t][p][i];
+        });
+      }
+      block_sum(moments, scratch[turn]);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        const float slip = moments[2 * t] * inverse_d;
+        variance[t] = moments[2 * t + 1] * inverse_d - slip * slip;
+        for_each_element<kPacks>([&](int p, int i) { z[t][p][i] -= slip; });
+        mean[t] += slip;
+      }
+    } else {
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        variance[t] = 0.0f;
+        for_each_element<kPacks>([&](int p, int i) { variance[t] += z[t][p][i] * z[t][p][i]; });
+      }
+      block_sum(variance, scratch[turn]);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) variance[t] *= inverse_d;
     }
-    block_sum(moment, moments);
+    turn ^= 1;
 #pragma unroll
-    for (int t = 0; t < C::kTokens; ++t) {
+    for (int t = 0; t < kTokens; ++t) {
       if (n + t >= tokens) break;
-      const float slip = moment[2 * t] * inverse_d, variance = moment[2 * t + 1] * inverse_d - slip * slip;
-      const float rstd = rsqrtf((variance < 0.0f ? 0.0f : variance) + a.eps);
-      for_each_element<C::kPacks>([&](int p, int i) {
-        x[t][p][i] = (x[t][p][i] - slip) * rstd * (1.0f + scale[0][p][i]) + shift[0][p][i];
-      });
-      store_row(y_run + (n + t) * a.y.stride_n, d, x[t]);
+      const float rstd = rsqrtf((variance[t] < 0.0f ? 0.0f : variance[t]) + a.eps);
+      for_each_element<kPacks>([&](int p, int i) { z[t][p][i] = z[t][p][i] * rstd * gain[p][i] + shift[p][i]; });
+      store_row(h_rows.at(n + t), d, z[t]);
       if (threadIdx.x == 0) {
-        a.mean[first_token + n + t] = total[t] * inverse_d + slip;
-        a.rstd[first_token + n + t] = rstd;
+        if constexpr (kind.norm == Norm::layer) a.mean[first + n + t] = mean[t];
+        a.rstd[first + n + t] = rstd;
       }
     }
   }
@@ -93,68 +166,130 @@ __global__ void __maxnreg__(C::kRegisters + (sizeof(T) == 4 ? 8 : 0)) layer_norm
 
 struct Backward {
   Runs runs;
-  Tokens dy, x, dx;
-  FrameVector scale;
-  const float *mean, *rstd;  // (B, F, N)
-  float *dshift, *dscale;    // (B, F, runs, D)
+  Dtype dtype;
+  Tokens dh = {}, dz = {}, x = {}, y = {}, dx = {}, dy = {};  // dz has no data where nothing else reads z
+  FrameVector gate = {}, scale = {};
+  const float *mean = nullptr, *rstd = nullptr;                   // (B, F, N)
+  float *dgate = nullptr, *dshift = nullptr, *dscale = nullptr;  // (B, F, runs, D)
 };
 
-template <typename T, typename C>
-__global__ void __maxnreg__(C::kRegisters + (sizeof(T) == 4 ? 8 : 0)) layer_norm_modulate_backward_kernel(const Backward a) {
-  __shared__ Shared<float, C::kMaxWarps * C::kTokens * 2> scratch[2];
+// The gradient of z is the sum of dz and of what comes through the norm.
+template <Kind kind, typename T, typename C>
+__global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
+  constexpr int kTokens = C::kTokens, kPacks = C::kPacks;
+  constexpr bool kHold = !kind.residual || kPacks < 3;  // four rows of more packs do not fit: they are read twice
+  __shared__ Shared<float, C::kMaxWarps * kTokens * 2> scratch[2];
   const Run run = a.runs[blockIdx.x];
-  const int d = static_cast<int>(a.runs.shape.d);
+  const int d = static_cast<int>(a.runs.shape.d), tokens = static_cast<int>(run.last - run.first);
   const float inverse_d = 1.0f / static_cast<float>(d);
-  const int tokens = static_cast<int>(run.last - run.first);
-  const T* dy_run = static_cast<const T*>(a.dy.data) + a.dy.offset(run.b, run.f, run.first);
-  const T* x_run = static_cast<const T*>(a.x.data) + a.x.offset(run.b, run.f, run.first);
-  T* dx_run = static_cast<T*>(a.dx.data) + a.dx.offset(run.b, run.f, run.first);
-  const int64_t first_token = (run.b * a.runs.shape.f + run.f) * a.runs.shape.n + run.first;
-  float scale[1][C::kPacks][kPack], dshift[C::kPacks][kPack] = {}, dscale[C::kPacks][kPack] = {};
-  load_vector(a.scale, run, d, scale);
+  const bool has_dz = a.dz.data != nullptr;
+  const RunRows<T> dh_rows(a.dh, run), dz_rows(a.dz, run), x_rows(a.x, run), y_rows(a.y, run);
+  const RunRows<T> dx_rows(a.dx, run), dy_rows(a.dy, run);
+  const int64_t first = first_token(a.runs.shape, run);
+  float gate[kPacks][kPack], gain[kPacks][kPack];
+  float dgate[kPacks][kPack] = {}, dshift[kPacks][kPack] = {}, dscale[kPacks][kPack] = {};
+  if constexpr (kind.residual) load_vector(a.gate, run, d, gate);
+  if constexpr (kind.norm != Norm::none) load_gain(a.scale, run, d, gain);
 
-  int phase = 0;
+  int turn = 0;
 #pragma unroll 1
-  for (int n = 0; n < tokens; n += C::kTokens, phase ^= 1) {
-    float dy[C::kTokens][C::kPacks][kPack], x[C::kTokens][C::kPacks][kPack];
-    float mean[C::kTokens], rstd[C::kTokens], sums[2 * C::kTokens];
-    Pack<T> dy_packs[C::kTokens][C::kPacks], x_packs[C::kTokens][C::kPacks];
-    load_rows(dy_run + n * a.dy.stride_n, a.dy.stride_n, a.dy.aligned, tokens - n, d, dy_packs);
-    load_rows(x_run + n * a.x.stride_n, a.x.stride_n, a.x.aligned, tokens - n, d, x_packs);
-    widen(dy_packs, dy);
-    widen(x_packs, x);
+  for (int n = 0; n < tokens; n += kTokens, turn ^= 1) {
+    Pack<T> dh_packs[kTokens][kPacks], dz_packs[kTokens][kPacks], x_packs[kTokens][kPacks], y_packs[kTokens][kPacks];
+    float mean[kTokens] = {}, rstd[kTokens] = {}, grad[kTokens] = {}, along[kTokens] = {};
+    if constexpr (kHold) {
+      if constexpr (kind.norm != Norm::none) {
+        dh_rows.load(n, tokens, d, dh_packs);
+        x_rows.load(n, tokens, d, x_packs);
+      }
+      if constexpr (kind.residual) {
+        y_rows.load(n, tokens, d, y_packs);
+        if (has_dz) dz_rows.load(n, tokens, d, dz_packs);
+      }
+    }
+    const auto load_again = [&](int t, int p) {
+      if constexpr (!kHold) {
+        dh_packs[t][p] = load_pack(dh_rows.at(n + t), dh_rows.aligned, p, d);
+        x_packs[t][p] = load_pack(x_rows.at(n + t), x_rows.aligned, p, d);
+        y_packs[t][p] = load_pack(y_rows.at(n + t), y_rows.aligned, p, d);
+      }
+    };
+    const auto unpack = [&](int t, int p, float (&dh)[kPack], float (&normed)[kPack]) {
+      dh_packs[t][p].widen(dh);
+      x_packs[t][p].widen(normed);
+      if constexpr (kind.residual) {
+        float y[kPack];
+        y_packs[t][p].widen(y);
+        for_each([&](int i) { normed[i] += gate[p][i] * y[i]; });
+      }
+      for_each([&](int i) { normed[i] = (normed[i] - mean[t]) * rstd[t]; });
+    };
+
+    if constexpr (kind.norm != Norm::none) {
+      constexpr int kSums = kind.norm == Norm::layer ? 2 : 1;
+      float sums[kTokens * kSums];
 #pragma unroll
-    for (int t = 0; t < C::kTokens; ++t) {
-      const bool inside = n + t < tokens;
-      mean[t] = inside ? a.mean[first_token + n + t] : 0.0f;
-      rstd[t] = inside ? a.rstd[first_token + n + t] : 0.0f;
+      for (int t = 0; t < kTokens; ++t) {
+        if constexpr (kind.norm == Norm::layer) mean[t] = n + t < tokens ? a.mean[first + n + t] : 0.0f;
+        rstd[t] = n + t < tokens ? a.rstd[first + n + t] : 0.0f;
+      }
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+        for (int p = 0; p < kPacks; ++p) {
+          float dh[kPack], normed[kPack];
+          load_again(t, p);
+          unpack(t, p, dh, normed);
+          for_each([&](int i) {
+            dshift[p][i] += dh[i];
+            dscale[p][i] += dh[i] * normed[i];
+            if constexpr (kind.norm == Norm::layer) grad[t] += dh[i] * gain[p][i];
+            along[t] += dh[i] * gain[p][i] * normed[i];
+          });
+        }
+        sums[t * kSums] = along[t];
+        if constexpr (kind.norm == Norm::layer) sums[t * kSums + 1] = grad[t];
+      }
+      block_sum(sums, scratch[turn]);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        along[t] = sums[t * kSums] * inverse_d;
+        if constexpr (kind.norm == Norm::layer) grad[t] = sums[t * kSums + 1] * inverse_d;
+      }
     }
 #pragma unroll
-    for (int t = 0; t < C::kTokens; ++t) {
-      float &grad = sums[2 * t] = 0.0f, &along = sums[2 * t + 1] = 0.0f;
-      for_each_element<C::kPacks>([&](int p, int i) {
-        float &normed = x[t][p][i], &dnormed = dy[t][p][i];
-        normed = (normed - mean[t]) * rstd[t];
-        dshift[p][i] += dnormed;
-        dscale[p][i] += dnormed * normed;
-        dnormed *= 1.0f + scale[0][p][i];
-        grad += dnormed;
-        along += dnormed * normed;
-      });
-    }
-    block_sum(sums, scratch[phase]);
-#pragma unroll
-    for (int t = 0; t < C::kTokens; ++t) {
+    for (int t = 0; t < kTokens; ++t) {
       if (n + t >= tokens) break;
-      const float grad = sums[2 * t] * inverse_d, along = sums[2 * t + 1] * inverse_d;
-      for_each_element<C::kPacks>([&](int p, int i) {
-        x[t][p][i] = rstd[t] * (dy[t][p][i] - grad - x[t][p][i] * along);
-      });
-      store_row(dx_run + (n + t) * a.dx.stride_n, d, x[t]);
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) {
+        float dz[kPack] = {};
+        load_again(t, p);
+        if constexpr (!kHold)
+          if (has_dz) dz_packs[t][p] = load_pack(dz_rows.at(n + t), dz_rows.aligned, p, d);
+        if constexpr (kind.residual) dz_packs[t][p].widen(dz);
+        if constexpr (kind.norm != Norm::none) {
+          float dh[kPack], normed[kPack];
+          unpack(t, p, dh, normed);
+          for_each([&](int i) { dz[i] += rstd[t] * (dh[i] * gain[p][i] - grad[t] - normed[i] * along[t]); });
+          store_pack(dx_rows.at(n + t), p, d, dz);
+        }
+        if constexpr (kind.residual) {
+          float y[kPack];
+          y_packs[t][p].widen(y);
+          for_each([&](int i) {
+            dgate[p][i] += dz[i] * y[i];
+            dz[i] *= gate[p][i];
+          });
+          store_pack(dy_rows.at(n + t), p, d, dz);
+        }
+      }
     }
   }
-  store_row(a.dshift + blockIdx.x * static_cast<int64_t>(d), d, dshift);
-  store_row(a.dscale + blockIdx.x * static_cast<int64_t>(d), d, dscale);
+  const int64_t row = blockIdx.x * static_cast<int64_t>(d);
+  if constexpr (kind.residual) store_row(a.dgate + row, d, dgate);
+  if constexpr (kind.norm != Norm::none) {
+    store_row(a.dshift + row, d, dshift);
+    store_row(a.dscale + row, d, dscale);
+  }
 }
 
 constexpr int kMaxSums = 3;
@@ -220,49 +355,185 @@ void with_type(Dtype dtype, F f) {
   }
 }
 
+template <typename...>
+struct Configs {};
+
 // Calls f(Config{}) with the first configuration that takes D channels.
 template <typename First, typename... Rest, typename F>
-void with_config(int64_t d, F f) {
-  if (First::takes(d)) return f(First{});
+void with_config(Configs<First, Rest...>, int64_t d, F f) {
+  if (d <= First::kMaxChannels) return f(First{});
   if constexpr (sizeof...(Rest) > 0) {
-    with_config<Rest...>(d, f);
+    with_config(Configs<Rest...>{}, d, f);
   } else {
-    STD_TORCH_CHECK(false, "D must be at most ", kMaxChannels, ", got ", d);
+    STD_TORCH_CHECK(false, "D must be at most ", First::kMaxChannels, ", got ", d);
   }
 }
 
-constexpr int64_t kForwardRun = 16, kBackwardRun = 32;  // tokens
+// As many tokens at once and as few registers as keep 24 KB of loads under way on every SM, up to D = 4096.
+template <Kind kind, typename T>
+constexpr auto forward_configs() {
+  constexpr int k = 4 / sizeof(T);  // two 16-bit tokens are as many bytes as one of float
+  if constexpr (kind.norm == Norm::none) {
+    return Configs<Config<1, k, 64, 1024>>{};
+  } else if constexpr (!kind.residual) {
+    return Configs<Config<1, 2 * k, 96>, Config<2, k, 96>, Config<4, 1, 128>>{};
+  } else {
+    return Configs<Config<1, k, 96>, Config<2, 1, 112>, Config<4, 1, 224>>{};
+  }
+}
+
+template <Kind kind, typename T>
+constexpr auto backward_configs() {
+  constexpr int k = 4 / sizeof(T);
+  if constexpr (kind.norm == Norm::none) {
+    return Configs<Config<1, k, 64, 1024>>{};
+  } else if constexpr (!kind.residual) {
+    return Configs<Config<1, k, 96>, Config<2, 1, 112>, Config<4, 1, sizeof(T) == 4 ? 208 : 200>>{};
+  } else {
+    using Widest = std::conditional_t<sizeof(T) == 4, Config<4, 1, 255>, Config<3, 1, 184, 352>>;
+    return Configs<Config<1, 1, 96>, Config<2, 1, 168, 384>, Widest>{};
+  }
+}
+
+template <Kind kind>
+void forward(const Tensor& on, const Forward& a) {
+  with_type(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    with_config(forward_configs<kind, T>(), a.runs.shape.d, [&](auto config) {
+      using C = decltype(config);
+      launch(on, forward_kernel<kind, T, C>, a.runs.count(), C::threads(a.runs.shape.d), a);
+    });
+  });
+}
+
+template <Kind kind>
+void backward(const Tensor& on, const Backward& a) {
+  with_type(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    with_config(backward_configs<kind, T>(), a.runs.shape.d, [&](auto config) {
+      using C = decltype(config);
+      launch(on, backward_kernel<kind, T, C>, a.runs.count(), C::threads(a.runs.shape.d), a);
+    });
+  });
+}
+
+// Short runs fill the GPU to the end: 1000 blocks are two to three rounds of those that an A100 holds at a time. Long runs
+// write fewer partial rows: of D floats a gradient, written and read again, beside 3 to 6 rows of tokens read and written
+// for each token, 6 to 8% in 16 bits at 32 tokens, 25 to 33% at 8.
+Runs runs_of(const Tensor& tokens) {
+  constexpr int64_t kShortest = 8, kLongest = 32, kBlocks = 1000;
+  const Shape shape = shape_of(tokens);
+  int64_t length = kLongest;
+  while (length > kShortest && Runs(shape, length).count() < kBlocks) length /= 2;
+  return Runs(shape, length);
+}
+
+float* floats(const Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
+const float* const_floats(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate(
     const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
   const Tensor y = empty_tokens(x), mean = empty_statistics(x), rstd = empty_statistics(x);
-  const Runs runs(shape_of(x), kForwardRun);
-  const Forward a{runs, tokens_of(x), tokens_of(y), vector_of(shift), vector_of(scale),
-                  mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>(), static_cast<float>(eps)};
-  with_type(dtype_of(x), [&](auto element) {
-    with_config<Config<1, 4, 2048, 96>, Config<2, 2, 4096, 96>, Config<4, 1, kMaxChannels, 120>>(x.size(3), [&](auto config) {
-      using C = decltype(config);
-      launch(x, layer_norm_modulate_kernel<decltype(element), C>, runs.count(), C::threads(x.size(3)), a);
-    });
-  });
+  forward<kLayerNormModulate>(x, {.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .h = tokens_of(y),
+                               .shift = vector_of(shift), .scale = vector_of(scale),
+                               .mean = floats(mean), .rstd = floats(rstd), .eps = float(eps)});
   return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
+  const Tensor y = empty_tokens(x), rstd = empty_statistics(x);
+  forward<kRmsNormModulate>(x, {.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .h = tokens_of(y),
+                             .shift = vector_of(shift), .scale = vector_of(scale),
+                             .rstd = floats(rstd), .eps = float(eps)});
+  return {y, rstd};
+}
+
+Tensor gate_residual(const Tensor& x, const Tensor& y, const Tensor& gate) {
+  const Tensor z = empty_tokens(x);
+  forward<kGateResidual>(x, {.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .y = tokens_of(y),
+                          .z = tokens_of(z), .gate = vector_of(gate)});
+  return z;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_modulate(
+    const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift, const Tensor& scale, double eps) {
+  const Tensor z = empty_tokens(x), h = empty_tokens(x), mean = empty_statistics(x), rstd = empty_statistics(x);
+  forward<kGateResidualModulate>(x, {.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .y = tokens_of(y),
+                                  .z = tokens_of(z), .h = tokens_of(h), .gate = vector_of(gate),
+                                  .shift = vector_of(shift), .scale = vector_of(scale),
+                                  .mean = floats(mean), .rstd = floats(rstd), .eps = float(eps)});
+  return {z, h, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gate_residual_rms_modulate(
+    const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift, const Tensor& scale, double eps) {
+  const Tensor z = empty_tokens(x), h = empty_tokens(x), rstd = empty_statistics(x);
+  forward<kGateResidualRmsModulate>(x, {.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .y = tokens_of(y),
+                                     .z = tokens_of(z), .h = tokens_of(h), .gate = vector_of(gate),
+                                     .shift = vector_of(shift), .scale = vector_of(scale),
+                                     .rstd = floats(rstd), .eps = float(eps)});
+  return {z, h, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward(
     const Tensor& dy, const Tensor& x, const Tensor& scale, const Tensor& mean, const Tensor& rstd) {
-  const Runs runs(shape_of(x), kBackwardRun);
+  const Runs runs = runs_of(x);
   const Tensor dx = empty_tokens(x), dshift = empty_partial(x, runs), dscale = empty_partial(x, runs);
-  const Backward a{runs, tokens_of(dy), tokens_of(x), tokens_of(dx), vector_of(scale),
-                   mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(),
-                   dshift.mutable_data_ptr<float>(), dscale.mutable_data_ptr<float>()};
-  with_type(dtype_of(x), [&](auto element) {
-    with_config<Config<1, 2, 2048, 96>, Config<2, 1, kMaxChannels, 120>>(x.size(3), [&](auto config) {
-      using C = decltype(config);
-      launch(x, layer_norm_modulate_backward_kernel<decltype(element), C>, runs.count(), C::threads(x.size(3)), a);
-    });
-  });
+  backward<kLayerNormModulate>(x, {.runs = runs, .dtype = dtype_of(x), .dh = tokens_of(dy), .x = tokens_of(x),
+                                .dx = tokens_of(dx), .scale = vector_of(scale),
+                                .mean = const_floats(mean), .rstd = const_floats(rstd),
+                                .dshift = floats(dshift), .dscale = floats(dscale)});
   const auto [shift_sum, scale_sum] = sum_runs<2>({dshift, dscale});
   return {dx, shift_sum, scale_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_modulate_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& scale, const Tensor& rstd) {
+  const Runs runs = runs_of(x);
+  const Tensor dx = empty_tokens(x), dshift = empty_partial(x, runs), dscale = empty_partial(x, runs);
+  backward<kRmsNormModulate>(x, {.runs = runs, .dtype = dtype_of(x), .dh = tokens_of(dy), .x = tokens_of(x),
+                              .dx = tokens_of(dx), .scale = vector_of(scale), .rstd = const_floats(rstd),
+                              .dshift = floats(dshift), .dscale = floats(dscale)});
+  const auto [shift_sum, scale_sum] = sum_runs<2>({dshift, dscale});
+  return {dx, shift_sum, scale_sum};
+}
+
+std::tuple<Tensor, Tensor> gate_residual_backward(const Tensor& dz, const Tensor& y, const Tensor& gate) {
+  const Runs runs = runs_of(y);
+  const Tensor dy = empty_tokens(y), dgate = empty_partial(y, runs);
+  backward<kGateResidual>(y, {.runs = runs, .dtype = dtype_of(y), .dz = tokens_of(dz), .y = tokens_of(y),
+                           .dy = tokens_of(dy), .gate = vector_of(gate), .dgate = floats(dgate)});
+  return {dy, sum_runs<1>({dgate})[0]};
+}
+
+using ResidualGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <Kind kind>
+ResidualGradients residual_norm_backward(
+    const Tensor& dh, const std::optional<Tensor>& dz, const Tensor& x, const Tensor& y, const Tensor& gate,
+    const Tensor& scale, const float* mean, const float* rstd) {
+  const Runs runs = runs_of(x);
+  const Tensor dx = empty_tokens(x), dy = empty_tokens(x);
+  const Tensor dgate = empty_partial(x, runs), dshift = empty_partial(x, runs), dscale = empty_partial(x, runs);
+  backward<kind>(x, {.runs = runs, .dtype = dtype_of(x), .dh = tokens_of(dh), .dz = dz ? tokens_of(*dz) : Tokens{},
+                  .x = tokens_of(x), .y = tokens_of(y), .dx = tokens_of(dx), .dy = tokens_of(dy),
+                  .gate = vector_of(gate), .scale = vector_of(scale), .mean = mean, .rstd = rstd,
+                  .dgate = floats(dgate), .dshift = floats(dshift), .dscale = floats(dscale)});
+  const auto [gate_sum, shift_sum, scale_sum] = sum_runs<3>({dgate, dshift, dscale});
+  return {dx, dy, gate_sum, shift_sum, scale_sum};
+}
+
+ResidualGradients gate_residual_modulate_backward(
+    const Tensor& dh, std::optional<Tensor> dz, const Tensor& x, const Tensor& y, const Tensor& gate,
+    const Tensor& scale, const Tensor& mean, const Tensor& rstd) {
+  return residual_norm_backward<kGateResidualModulate>(
+      dh, dz, x, y, gate, scale, const_floats(mean), const_floats(rstd));
+}
+
+ResidualGradients gate_residual_rms_modulate_backward(
+    const Tensor& dh, std::optional<Tensor> dz, const Tensor& x, const Tensor& y, const Tensor& gate,
+    const Tensor& scale, const Tensor& rstd) {
+  return residual_norm_backward<kGateResidualRmsModulate>(dh, dz, x, y, gate, scale, nullptr, const_floats(rstd));
 }
 
 }  // namespace
@@ -271,11 +542,31 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cuda, m) {
   m.def("layer_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("layer_norm_modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd)"
         " -> (Tensor, Tensor, Tensor)");
+  m.def("rms_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)");
+  m.def("rms_norm_modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor rstd) -> (Tensor, Tensor, Tensor)");
+  m.def("gate_residual(Tensor x, Tensor y, Tensor gate) -> Tensor");
+  m.def("gate_residual_backward(Tensor dz, Tensor y, Tensor gate) -> (Tensor, Tensor)");
+  m.def("gate_residual_modulate(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gate_residual_modulate_backward(Tensor dh, Tensor? dz, Tensor x, Tensor y, Tensor gate, Tensor scale,"
+        " Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gate_residual_rms_modulate(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
+        " -> (Tensor, Tensor, Tensor)");
+  m.def("gate_residual_rms_modulate_backward(Tensor dh, Tensor? dz, Tensor x, Tensor y, Tensor gate, Tensor scale,"
+        " Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vidkern_cuda, VIDKERN_CUDA_KEY, m) {
   m.impl("layer_norm_modulate", TORCH_BOX(&layer_norm_modulate));
   m.impl("layer_norm_modulate_backward", TORCH_BOX(&layer_norm_modulate_backward));
+  m.impl("rms_norm_modulate", TORCH_BOX(&rms_norm_modulate));
+  m.impl("rms_norm_modulate_backward", TORCH_BOX(&rms_norm_modulate_backward));
+  m.impl("gate_residual", TORCH_BOX(&gate_residual));
+  m.impl("gate_residual_backward", TORCH_BOX(&gate_residual_backward));
+  m.impl("gate_residual_modulate", TORCH_BOX(&gate_residual_modulate));
+  m.impl("gate_residual_modulate_backward", TORCH_BOX(&gate_residual_modulate_backward));
+  m.impl("gate_residual_rms_modulate", TORCH_BOX(&gate_residual_rms_modulate));
+  m.impl("gate_residual_rms_modulate_backward", TORCH_BOX(&gate_residual_rms_modulate_backward));
 }
 
 }  // namespace vidkern::cuda
