@@ -25,6 +25,8 @@ MAX_SETS = 128
 BASELINE_SLACK = 16
 OVERHEAD_REPEAT = 10
 ENERGY_SECONDS = 0.2
+#: In a problem's backends: whatever serves each operator by default.
+AUTOMATIC = "automatic"
 
 Function = Callable[..., Any]
 
@@ -34,7 +36,7 @@ class Problem:
     """One call that is measured: forward, or forward and backward, of one operator on one shape and dtype."""
 
     family: str
-    operator: str  # its registered name; its gradient is <operator>_backward
+    operator: str  # its registered name; its gradient is <operator>_backward. Any name where backends are given
     shape_name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -45,6 +47,7 @@ class Problem:
     traffic_bytes: int = 0  # the least that must move through device memory
     flops: int = 0
     libraries: Mapping[str, Function] = field(default_factory=dict)  # further baselines by name
+    backends: tuple[str, ...] = ()  # that serve it, in place of all that can
 
     def __str__(self) -> str:
         return "-".join([self.operator, self.shape_name, str(self.dtype).removeprefix("torch."), self.passes])
@@ -56,10 +59,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute a problem: ours has a backend, which it is forced to; a baseline has none."""
+    """One way to compute a problem: a baseline, or ours, which may be forced to a backend."""
 
     function: Function
     backend: str | None = None
+    baseline: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,13 @@ def serving_backends(operator: str, backward: bool, device: torch.device) -> lis
 
 def variants_of(problem: Problem, device: torch.device, compiled: bool = True) -> dict[str, Variant]:
     """Return every variant by name: eager, compile, the libraries, and ours on each backend that can serve."""
-    variants = {"eager": Variant(problem.plain)}
+    variants = {"eager": Variant(problem.plain, baseline=True)}
     if compiled:
         mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
-        variants["compile"] = Variant(torch.compile(problem.plain, dynamic=False, mode=mode))
-    variants |= {name: Variant(function) for name, function in problem.libraries.items()}
-    for backend in serving_backends(problem.operator, problem.backward, device):
-        variants[f"ours:{backend}"] = Variant(problem.ours, backend)
+        variants["compile"] = Variant(torch.compile(problem.plain, dynamic=False, mode=mode), baseline=True)
+    variants |= {name: Variant(function, baseline=True) for name, function in problem.libraries.items()}
+    for backend in problem.backends or serving_backends(problem.operator, problem.backward, device):
+        variants[f"ours:{backend}"] = Variant(problem.ours, None if backend == AUTOMATIC else backend)
     return variants
 
 
@@ -186,7 +190,7 @@ def check(problem: Problem, variants: Mapping[str, Variant], buffers: Buffers) -
             checked[name] = {"correct": False, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
             continue
         worst = max(error / bound for error, bound in zip(errors, bounds, strict=True))
-        limit = BASELINE_SLACK if variant.backend is None else 1
+        limit = BASELINE_SLACK if variant.baseline else 1
         checked[name] = {"correct": worst <= limit, "error_over_bound": worst if math.isfinite(worst) else None}
     return checked
 

@@ -61,8 +61,8 @@ def test_a_baseline_may_be_a_little_less_exact_than_ours():
 
     variants = {
         "ours": Variant(off_by(4), "reference"),
-        "baseline": Variant(off_by(4)),
-        "wrong baseline": Variant(off_by(100)),
+        "baseline": Variant(off_by(4), baseline=True),
+        "wrong baseline": Variant(off_by(100), baseline=True),
     }
     checked = check(problem, variants, buffers)
     assert {name: outcome["correct"] for name, outcome in checked.items()} == {
