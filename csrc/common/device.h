@@ -106,6 +106,12 @@ struct Pack<float> {
 
 __device__ inline int column(int pack) { return (threadIdx.x + pack * blockDim.x) * kPack; }
 
+template <typename F>
+__device__ inline void for_each(F f) {  // f(element of a pack)
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) f(i);
+}
+
 template <int kPacks, typename F>
 __device__ inline void for_each_element(F f) {  // f(pack, element of the pack)
 #pragma unroll
@@ -147,31 +153,44 @@ __device__ inline void load_rows(
   }
 }
 
+template <typename T, int kPacks>
+__device__ inline void widen(const Pack<T> (&packs)[kPacks], float (&v)[kPacks][kPack]) {
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) packs[p].widen(v[p]);
+}
+
 template <typename T, int kTokens, int kPacks>
 __device__ inline void widen(const Pack<T> (&packs)[kTokens][kPacks], float (&v)[kTokens][kPacks][kPack]) {
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) packs[t][p].widen(v[t][p]);
-  }
+  for (int t = 0; t < kTokens; ++t) widen(packs[t], v[t]);
+}
+
+template <typename T>
+__device__ inline Pack<T> load_pack(const T* row, bool aligned, int p, int d) {  // zeros from column d on
+  if (column(p) >= d) return {};
+  return aligned ? Pack<T>::aligned(row + column(p)) : Pack<T>::unaligned(row + column(p));
+}
+
+template <typename T>
+__device__ inline void store_pack(T* row, int p, int d, const float (&v)[kPack]) {
+  if (column(p) < d) Pack<T>::round(v).store(row + column(p));
 }
 
 template <typename T, int kPacks>
 __device__ inline void store_row(T* row, int d, const float (&v)[kPacks][kPack]) {
 #pragma unroll
-  for (int p = 0; p < kPacks; ++p)
-    if (column(p) < d) Pack<T>::round(v[p]).store(row + column(p));
+  for (int p = 0; p < kPacks; ++p) store_pack(row, p, d, v[p]);
 }
 
 template <typename T, int kPacks>
-__device__ inline void load_vector_of(const FrameVector& vector, const Run& run, int d, float (&v)[1][kPacks][kPack]) {
+__device__ inline void load_vector_of(const FrameVector& vector, const Run& run, int d, float (&v)[kPacks][kPack]) {
   Pack<T> packs[1][kPacks];
   load_rows(static_cast<const T*>(vector.data) + vector.offset(run.b, run.f), 0, vector.aligned, 1, d, packs);
-  widen(packs, v);
+  widen(packs[0], v);
 }
 
 template <int kPacks>
-__device__ inline void load_vector(const FrameVector& vector, const Run& run, int d, float (&v)[1][kPacks][kPack]) {
+__device__ inline void load_vector(const FrameVector& vector, const Run& run, int d, float (&v)[kPacks][kPack]) {
   switch (vector.dtype) {
     case Dtype::float32: return load_vector_of<float>(vector, run, d, v);
     case Dtype::bfloat16: return load_vector_of<__nv_bfloat16>(vector, run, d, v);

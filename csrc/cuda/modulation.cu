@@ -293,7 +293,7 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
 }
 
 constexpr int kMaxSums = 3;
-constexpr int kSumThreads = 128;
+constexpr int kSumThreads = 128, kSumColumns = 4, kSumRows = 8;  // columns of a thread, and rows under way at once
 
 struct Sums {  // kMaxSums at most of (B, F, runs, D) -> (B, F, D)
   const float* partial[kMaxSums];
@@ -304,7 +304,7 @@ struct Sums {  // kMaxSums at most of (B, F, runs, D) -> (B, F, D)
 
 __global__ void sum_runs_kernel(const Sums a) {
   const int64_t which = blockIdx.x % a.count, block = blockIdx.x / a.count, frame = block / a.chunks;
-  const int64_t i = ((block % a.chunks) * kSumThreads + threadIdx.x) * kPack;
+  const int64_t i = ((block % a.chunks) * kSumThreads + threadIdx.x) * kSumColumns;
   if (i >= a.d) return;
   const float* rows = a.partial[0];
   float* sums = a.total[0];
@@ -313,13 +313,18 @@ __global__ void sum_runs_kernel(const Sums a) {
     if (which == k) rows = a.partial[k], sums = a.total[k];
   }
   rows += frame * a.runs * a.d + i;
-  float total[kPack] = {}, row[kPack];
-  for (int64_t r = 0; r < a.runs; ++r) {
-    Pack<float>::aligned(rows + r * a.d).widen(row);
+  float4 total = {};
+#pragma unroll 1
+  for (int64_t r = 0; r < a.runs; r += kSumRows) {
+    float4 row[kSumRows] = {};
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) total[k] += row[k];
+    for (int k = 0; k < kSumRows; ++k)
+      if (r + k < a.runs) row[k] = *reinterpret_cast<const float4*>(rows + (r + k) * a.d);
+#pragma unroll
+    for (int k = 0; k < kSumRows; ++k)
+      total = {total.x + row[k].x, total.y + row[k].y, total.z + row[k].z, total.w + row[k].w};
   }
-  Pack<float>::round(total).store(sums + frame * a.d + i);
+  *reinterpret_cast<float4*>(sums + frame * a.d + i) = total;
 }
 
 // One row of float32 for each run: what sum_runs adds up.
@@ -333,7 +338,7 @@ std::array<Tensor, kCount> sum_runs(const std::array<Tensor, kCount>& partial) {
   static_assert(kCount <= kMaxSums);
   const Tensor& like = partial[0];
   const int64_t b = like.size(0), f = like.size(1), runs = like.size(2), d = like.size(3);
-  const int chunks = static_cast<int>((d / kPack + kSumThreads - 1) / kSumThreads);
+  const int chunks = static_cast<int>((d / kSumColumns + kSumThreads - 1) / kSumThreads);
   Sums sums{{}, {}, static_cast<int>(kCount), chunks, runs, d};
   std::array<Tensor, kCount> totals = partial;
   for (size_t k = 0; k < kCount; ++k) {
