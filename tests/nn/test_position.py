@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vidkern.nn import rotary_tables, sincos_1d, sincos_2d
+from vidkern.nn import RelativePositionBias, TemporalAttention, rotary_tables, sincos_1d, sincos_2d
 
 
 def test_sincos_1d_is_its_formula():
@@ -47,3 +47,37 @@ def test_rotary_tables_turn_neighbouring_channels_together():
 def test_sizes_that_cannot_be_split_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_relative_buckets_are_their_definition():
+    bias = RelativePositionBias(2)
+    ahead = torch.arange(-300, 301)
+    for distance, bucket in zip(ahead.tolist(), bias.buckets(ahead).tolist(), strict=True):
+        d = abs(distance)
+        # of 16 buckets: 8 of one distance each, then k where (d / 8)^8 >= 4^k, in whole numbers
+        steps = max((k for k in range(8) if d**8 >= 4**k * 8**8), default=0)
+        assert bucket == (16 if distance > 0 else 0) + (d if d < 8 else 8 + steps)
+
+
+def test_a_shared_relative_bias_reaches_the_scores_and_learns():
+    torch.manual_seed(0)
+    bias, layers = RelativePositionBias(2, num_buckets=8, max_distance=6), [TemporalAttention(64, 2) for _ in range(2)]
+    x = torch.randn(2, 9, 3, 64)
+    table = bias(9)
+    assert table.shape == (2, 9, 9)
+    weight = bias.relative_attention_bias.weight
+    assert torch.equal(table[:, 4, 2], weight[2])  # two frames back
+    assert torch.equal(table[:, 2, 4], weight[4 + 2])
+    out = layers[1](layers[0](x, bias=table), bias=table)
+    (grad,) = torch.autograd.grad(out.square().sum(), weight)
+    q, k, v = layers[0].qkv(x).unflatten(-1, (3, 2, 32)).permute(3, 0, 2, 4, 1, 5)
+    p = (q @ k.mT * 32**-0.5 + table).softmax(-1)
+    torch.testing.assert_close(layers[0](x, bias=table), layers[0].proj((p @ v).permute(0, 3, 1, 2, 4).flatten(-2)))
+    used = torch.arange(8) != 4  # a later frame is never at distance 0
+    assert torch.equal((grad != 0).all(1), used)
+
+
+@pytest.mark.parametrize(("options", "message"), [((2, 6), "num_buckets"), ((2, 32, 8), "max_distance")])
+def test_a_relative_bias_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=f"{message} must be"):
+        RelativePositionBias(*options)

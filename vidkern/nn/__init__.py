@@ -12,7 +12,7 @@ from vidkern.nn.conv3d import CausalConv3d
 from vidkern.nn.embedding import LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from vidkern.nn.linear import xavier_linear, zero_linear
 from vidkern.nn.modulation import Branch, PerFrameModulation, residual_modulate
-from vidkern.nn.position import rotary_tables, sincos_1d, sincos_2d
+from vidkern.nn.position import RelativePositionBias, rotary_tables, sincos_1d, sincos_2d
 
 __all__ = [
     "Branch",
@@ -23,6 +23,7 @@ __all__ = [
     "Mlp",
     "PatchEmbed",
     "PerFrameModulation",
+    "RelativePositionBias",
     "Rope",
     "SpaceThenTimeAttention",
     "SpatialAttention",

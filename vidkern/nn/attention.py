@@ -21,12 +21,16 @@ class _SelfAttention(nn.Module):
         self.qkv = xavier_linear(hidden_size, 3 * hidden_size)
         self.proj = xavier_linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
-        """Attend: (B, F, N, D) -> (B, F, N, D). ``rope`` turns queries and keys wherever attention runs over frames."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, F, N, 3, H, d)
-        return self.proj(self.attend(qkv, rope).flatten(-2))
+    def forward(self, x: Tensor, rope: Rope | None = None, bias: Tensor | None = None) -> Tensor:
+        """Attend: (B, F, N, D) -> (B, F, N, D).
 
-    def attend(self, qkv: Tensor, rope: Rope | None) -> Tensor:
+        Wherever attention runs over frames, ``rope`` turns queries and keys, and ``bias`` (heads, F, F) is added to
+        the scores (:class:`RelativePositionBias` makes one, which all layers may share).
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, F, N, 3, H, d)
+        return self.proj(self.attend(qkv, rope, bias).flatten(-2))
+
+    def attend(self, qkv: Tensor, rope: Rope | None, bias: Tensor | None) -> Tensor:
         """(B, F, N, 3, H, d) -> (B, F, N, H, d)."""
         raise NotImplementedError
 
@@ -34,17 +38,17 @@ class _SelfAttention(nn.Module):
 class SpatialAttention(_SelfAttention):
     """Attention over the N tokens of each frame."""
 
-    def attend(self, qkv: Tensor, rope: Rope | None) -> Tensor:
-        """Attend within each frame; frames do not meet, so ``rope`` has nothing to turn."""
+    def attend(self, qkv: Tensor, rope: Rope | None, bias: Tensor | None) -> Tensor:
+        """Attend within each frame; frames do not meet, so ``rope`` and ``bias`` have nothing to change."""
         return ops.spatial_attention(qkv)
 
 
 class TemporalAttention(_SelfAttention):
     """Attention over the F frames at each token's place, of the tokens where they lie."""
 
-    def attend(self, qkv: Tensor, rope: Rope | None) -> Tensor:
+    def attend(self, qkv: Tensor, rope: Rope | None, bias: Tensor | None) -> Tensor:
         """Attend along each place's frames."""
-        return ops.temporal_attention(qkv, rope=rope)
+        return ops.temporal_attention(qkv, rope=rope, bias=bias)
 
 
 class SplitHeadAttention(_SelfAttention):
@@ -55,10 +59,10 @@ class SplitHeadAttention(_SelfAttention):
         if num_heads % 2:
             raise ValueError(f"num_heads must be even to be split between space and time, got {num_heads}")
 
-    def attend(self, qkv: Tensor, rope: Rope | None) -> Tensor:
+    def attend(self, qkv: Tensor, rope: Rope | None, bias: Tensor | None) -> Tensor:
         """Attend with each half of the heads, and put the results side by side."""
         space, time = qkv.chunk(2, dim=-2)
-        return torch.cat([ops.spatial_attention(space), ops.temporal_attention(time, rope=rope)], dim=-2)
+        return torch.cat([ops.spatial_attention(space), ops.temporal_attention(time, rope=rope, bias=bias)], dim=-2)
 
 
 class SpaceThenTimeAttention(nn.Module):
@@ -69,6 +73,6 @@ class SpaceThenTimeAttention(nn.Module):
         self.spatial = SpatialAttention(hidden_size, num_heads)
         self.temporal = TemporalAttention(hidden_size, num_heads)
 
-    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None, bias: Tensor | None = None) -> Tensor:
         """Attend: (B, F, N, D) -> (B, F, N, D)."""
-        return self.temporal(self.spatial(x), rope)
+        return self.temporal(self.spatial(x), rope, bias)
