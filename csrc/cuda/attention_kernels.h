@@ -74,38 +74,56 @@ __device__ inline void turn_back(const Problems& a, int first_row, Fragment (&gr
   });
 }
 
-// --- products of rows as they are read, a chunk of columns at a time; q and k are rotated first ---
+// --- sixteen rows of q, k, v or grad_o: in registers (kHeld), or read again, a chunk at a time, by every product ---
+
+template <typename T, int D, bool kHeld, bool kTurned>
+struct Sixteen {
+  const Problems& all;
+  Rows<const T> rows;
+  int first;
+  Tile<T, kHeld ? D / 8 : 1> tile;
+
+  __device__ Sixteen(const Problems& all, const Rows<const T>& rows, int first) : all(all), rows(rows), first(first) {
+    if constexpr (kHeld) load(rows, first, 0, tile);
+  }
+
+  // What comes after all loads are under way.
+  __device__ void prepare() {
+    if constexpr (kHeld && kTurned) turn(all, first, 0, tile);
+  }
+
+  template <int kWords>
+  __device__ Tile<T, kWords> read(int first_column) const {
+    Tile<T, kWords> chunk;
+    load(rows, first, first_column, chunk);
+    if constexpr (kTurned) turn(all, first, first_column, chunk);
+    return chunk;
+  }
+};
 
 // s += x y^T.
-template <int D, bool kTurned, typename T>
-__device__ inline void dot_rows(
-    const Problems& a, Scores& s, const Rows<const T>& x, int first_x, const Rows<const T>& y, int first_y) {
-  const auto take = [&](int first_column, auto count) {
-    Tile<T, count> x_tile, y_tile;
-    load(x, first_x, first_column, x_tile);
-    load(y, first_y, first_column, y_tile);
-    if constexpr (kTurned) {
-      turn(a, first_x, first_column, x_tile);
-      turn(a, first_y, first_column, y_tile);
-    }
-    dot(s, x_tile, y_tile);
-  };
-  constexpr int kChunk = 32;
-#pragma unroll(sizeof(T) == 4 ? 1 : D / kChunk)  // float32 has much code for a chunk
-  for (int first_column = 0; first_column + kChunk <= D; first_column += kChunk) take(first_column, Constant<4>{});
-  if constexpr (D % kChunk > 0) take(D - D % kChunk, Constant<D % kChunk / 8>{});
+template <typename T, int D, bool kHeld, bool kTurned>
+__device__ inline void dot(
+    Scores& s, const Sixteen<T, D, kHeld, kTurned>& x, const Sixteen<T, D, kHeld, kTurned>& y) {
+  if constexpr (kHeld) {
+    dot(s, x.tile, y.tile);
+  } else {
+    constexpr int kChunk = 32, kRest = D % kChunk;
+#pragma unroll 1
+    for (int column = 0; column + kChunk <= D; column += kChunk)
+      dot(s, x.template read<kChunk / 8>(column), y.template read<kChunk / 8>(column));
+    if constexpr (kRest > 0) dot(s, x.template read<kRest / 8>(D - kRest), y.template read<kRest / 8>(D - kRest));
+  }
 }
 
 // o += p x.
-template <int D, bool kTurned, typename T>
-__device__ inline void accumulate_rows(
-    const Problems& a, Fragment (&o)[D / 8], const Scores& p, const Rows<const T>& x, int first_x) {
-  for_each_chunk<D / 8>([&](auto first, auto count) {
-    Tile<T, count> tile;
-    load(x, first_x, 8 * first, tile);
-    if constexpr (kTurned) turn(a, first_x, 8 * first, tile);
-    accumulate(o + first, p, tile);
-  });
+template <typename T, int D, bool kHeld, bool kTurned>
+__device__ inline void accumulate(Fragment* o, const Scores& p, const Sixteen<T, D, kHeld, kTurned>& x) {
+  if constexpr (kHeld) {
+    accumulate(o, p, x.tile);
+  } else {
+    for_each_chunk<D / 8>([&](auto first, auto count) { accumulate(o + first, p, x.template read<count>(8 * first)); });
+  }
 }
 
 // --- scores ---
@@ -147,8 +165,8 @@ struct Running {
 
 template <typename T, int D>
 __global__ void __maxnreg__(255) temporal_attention_kernel(const Forward a) {
-  constexpr int kWords = D / 8;
-  constexpr bool kHeld = sizeof(T) == 2;  // float32 would take all registers: its rows are read again
+  constexpr int kRowBytes = D * sizeof(T);
+  constexpr bool kHeld = kRowBytes <= 256, kValuesAtOnce = kRowBytes <= 192;  // what fits in the registers
   const Problems& all = a.problems;
   const int tiles = (all.f + kTile - 1) / kTile;
   const int64_t index = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kWarp;
@@ -156,41 +174,29 @@ __global__ void __maxnreg__(255) temporal_attention_kernel(const Forward a) {
   if (problem >= static_cast<int64_t>(all.runs) * all.h) return;
   const int first_query = static_cast<int>(index % tiles) * kTile;
   const Position at(all, static_cast<int>(problem / all.h), static_cast<int>(problem % all.h));
-  const auto q_rows = rows_of<const T>(all, a.q, at), k_rows = rows_of<const T>(all, a.k, at);
-  const auto v_rows = rows_of<const T>(all, a.v, at);
+  const auto k_rows = rows_of<const T>(all, a.k, at), v_rows = rows_of<const T>(all, a.v, at);
 
-  Tile<T, kWords> q, k, v;
-  Fragment o[kWords] = {};
+  Sixteen<T, D, kHeld, true> q(all, rows_of<const T>(all, a.q, at), first_query);
+  Fragment o[D / 8] = {};
   Running softmax;
-  if constexpr (kHeld) {
-    load(q_rows, first_query, 0, q);
-    turn(all, first_query, 0, q);
-  }
 #pragma unroll 1
   for (int first_key = 0; first_key < all.f; first_key += kTile) {
+    Sixteen<T, D, kHeld, true> k(all, k_rows, first_key);
+    Sixteen<T, D, kValuesAtOnce, false> v(all, v_rows, first_key);
+    if (first_key == 0) q.prepare();
+    k.prepare();
     Scores s = {};
     float fade[2];
-    if constexpr (kHeld) {
-      load(k_rows, first_key, 0, k);
-      load(v_rows, first_key, 0, v);
-      turn(all, first_key, 0, k);
-      dot(s, q, k);
-    } else {
-      dot_rows<D, true>(all, s, q_rows, first_query, k_rows, first_key);
-    }
+    dot(s, q, k);
     for_each_score([&](int half, int i) {
       s[half][i] = score(all, s[half][i], at.h, first_query + row_of(i), first_key + column_of(half, i));
     });
     softmax.take(s, fade);
-    for_each_fragment<kWords>([&](int w, int i) { o[w][i] *= fade[i / 2]; });
-    if constexpr (kHeld) {
-      accumulate(o, s, v);
-    } else {
-      accumulate_rows<D, false>(all, o, s, v_rows, first_key);
-    }
+    for_each_fragment<D / 8>([&](int w, int i) { o[w][i] *= fade[i / 2]; });
+    accumulate(o, s, v);
   }
   const float inverse[2] = {softmax.inverse(0), softmax.inverse(1)};
-  for_each_fragment<kWords>([&](int w, int i) { o[w][i] *= inverse[i / 2]; });
+  for_each_fragment<D / 8>([&](int w, int i) { o[w][i] *= inverse[i / 2]; });
   store(rows_of<T>(all, a.o, at), first_query, 0, o);
 }
 
@@ -251,7 +257,6 @@ struct Run {
 // At most 16 frames: a warp has all of a problem in its registers.
 template <typename T, int D>
 __global__ void __maxnreg__(255) temporal_attention_backward_one_tile_kernel(const Backward a) {
-  constexpr int kWords = D / 8;
   const Problems& all = a.problems;
   const int64_t row = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kWarp;
   if (row >= static_cast<int64_t>(all.runs) * all.h) return;
@@ -259,13 +264,10 @@ __global__ void __maxnreg__(255) temporal_attention_backward_one_tile_kernel(con
 #pragma unroll 1
   for (int position = run.first; position < run.last; ++position) {
     const ProblemRows<T> rows(a, Position(all, position, run.h));
-    Tile<T, kWords> q, k, v, grad_o;
-    load(rows.q, 0, 0, q);
-    load(rows.k, 0, 0, k);
-    load(rows.v, 0, 0, v);
-    load(rows.grad_o, 0, 0, grad_o);
-    turn(all, 0, 0, q);
-    turn(all, 0, 0, k);
+    Sixteen<T, D, true, true> q(all, rows.q, 0), k(all, rows.k, 0);
+    const Sixteen<T, D, true, false> v(all, rows.v, 0), grad_o(all, rows.grad_o, 0);
+    q.prepare();
+    k.prepare();
 
     Scores s = {}, ds = {}, s_t = {}, ds_t = {}, p;  // queries x keys, keys x queries
     dot(s, q, k);
@@ -292,11 +294,11 @@ __global__ void __maxnreg__(255) temporal_attention_backward_one_tile_kernel(con
       differentiate(all, s_t[half][i], ds_t[half][i], of, run.h, column_of(half, i), row_of(i));
     });
     add_bias_grad(a, row, position == run.first, ds, 0, 0);
-    Fragment grad_q[kWords] = {};
+    Fragment grad_q[D / 8] = {};
     accumulate(grad_q, ds, k);
     turn_back(all, 0, grad_q);
     store(rows.grad_q, 0, 0, grad_q);
-    Fragment grad_v[kWords] = {}, grad_k[kWords] = {};
+    Fragment grad_v[D / 8] = {}, grad_k[D / 8] = {};
     accumulate(grad_v, s_t, grad_o);
     store(rows.grad_v, 0, 0, grad_v);
     accumulate(grad_k, ds_t, q);
@@ -314,6 +316,9 @@ __host__ __device__ inline int team_of(int frames) {
 // Any number of frames: the queries' sums and gradients first, then, with these sums, the keys' and values' gradients.
 template <typename T, int D>
 __global__ void __maxnreg__(255) temporal_attention_backward_kernel(const Backward a) {
+  constexpr bool kHeld = D * sizeof(T) <= 160;  // what fits in the registers
+  using Queries = Sixteen<T, D, kHeld, true>;  // and keys
+  using Values = Sixteen<T, D, kHeld, false>;
   __shared__ Shared<Query, kMaxFrames> queries;
   const Problems& all = a.problems;
   const int team = team_of(all.f), warp = threadIdx.x / kWarp, step = team * kTile;
@@ -329,13 +334,19 @@ __global__ void __maxnreg__(255) temporal_attention_backward_kernel(const Backwa
     const int end = active ? all.f : 0;
 #pragma unroll 1
     for (int first_query = start; first_query < end; first_query += step) {
+      Queries q(all, rows.q, first_query);
+      const Values grad_o(all, rows.grad_o, first_query);
       Running softmax;
       float fade[2], delta[2] = {};
 #pragma unroll 1
       for (int first_key = 0; first_key < all.f; first_key += kTile) {
+        Queries k(all, rows.k, first_key);
+        const Values v(all, rows.v, first_key);
+        if (first_key == 0) q.prepare();
+        k.prepare();
         Scores s = {}, dp = {};
-        dot_rows<D, true>(all, s, rows.q, first_query, rows.k, first_key);
-        dot_rows<D, false>(all, dp, rows.grad_o, first_query, rows.v, first_key);
+        dot(s, q, k);
+        dot(dp, grad_o, v);
         for_each_score([&](int half, int i) {
           s[half][i] = score(all, s[half][i], run.h, first_query + row_of(i), first_key + column_of(half, i));
         });
@@ -353,15 +364,18 @@ __global__ void __maxnreg__(255) temporal_attention_backward_kernel(const Backwa
       Fragment grad_q[D / 8] = {};
 #pragma unroll 1
       for (int first_key = 0; first_key < all.f; first_key += kTile) {
+        Queries k(all, rows.k, first_key);
+        const Values v(all, rows.v, first_key);
+        k.prepare();
         Scores s = {}, ds = {};
-        dot_rows<D, true>(all, s, rows.q, first_query, rows.k, first_key);
-        dot_rows<D, false>(all, ds, rows.grad_o, first_query, rows.v, first_key);
+        dot(s, q, k);
+        dot(ds, grad_o, v);
         for_each_score([&](int half, int i) {
           differentiate(all, s[half][i], ds[half][i], query[i / 2], run.h, first_query + row_of(i),
-                           first_key + column_of(half, i));
+                        first_key + column_of(half, i));
         });
         add_bias_grad(a, row, visit == 0, ds, first_query, first_key);
-        accumulate_rows<D, true>(all, grad_q, ds, rows.k, first_key);
+        accumulate(grad_q, ds, k);
       }
       turn_back(all, first_query, grad_q);
       store(rows.grad_q, first_query, 0, grad_q);
@@ -369,19 +383,25 @@ __global__ void __maxnreg__(255) temporal_attention_backward_kernel(const Backwa
     __syncthreads();
 #pragma unroll 1
     for (int first_key = start; first_key < end; first_key += step) {
+      Queries k(all, rows.k, first_key);
+      const Values v(all, rows.v, first_key);
+      k.prepare();
       Fragment grad_k[D / 8] = {}, grad_v[D / 8] = {};
 #pragma unroll 1
       for (int first_query = 0; first_query < all.f; first_query += kTile) {
+        Queries q(all, rows.q, first_query);
+        const Values grad_o(all, rows.grad_o, first_query);
+        q.prepare();
         Scores s = {}, ds = {};  // keys x queries
-        dot_rows<D, true>(all, s, rows.k, first_key, rows.q, first_query);
-        dot_rows<D, false>(all, ds, rows.v, first_key, rows.grad_o, first_query);
+        dot(s, k, q);
+        dot(ds, v, grad_o);
         for_each_score([&](int half, int i) {
           const int query = first_query + column_of(half, i);
           differentiate(all, s[half][i], ds[half][i], queries[first_of_team + query], run.h, query,
-                           first_key + row_of(i));
+                        first_key + row_of(i));
         });
-        accumulate_rows<D, false>(all, grad_v, s, rows.grad_o, first_query);
-        accumulate_rows<D, true>(all, grad_k, ds, rows.q, first_query);
+        accumulate(grad_v, s, grad_o);
+        accumulate(grad_k, ds, q);
       }
       store(rows.grad_v, first_key, 0, grad_v);
       turn_back(all, first_key, grad_k);
@@ -422,13 +442,13 @@ template <typename T>
 void launch_backward(const Tensor& on, const Backward& call) {
   const Problems& all = call.problems;
   const int64_t rows = static_cast<int64_t>(all.runs) * all.h;
+  if (all.f == 0) return;
   with_head_size(all.d, [&](auto d) {
     if constexpr (sizeof(T) == 2) {
       if (all.f <= kTile)
         return launch(on, temporal_attention_backward_one_tile_kernel<T, d>, blocks_of(rows, kWarps), kThreads, call);
     }
-    const int teams = all.f == 0 ? 1 : kWarps / team_of(all.f);
-    launch(on, temporal_attention_backward_kernel<T, d>, blocks_of(rows, teams), kThreads, call);
+    launch(on, temporal_attention_backward_kernel<T, d>, blocks_of(rows, kWarps / team_of(all.f)), kThreads, call);
   });
 }
 

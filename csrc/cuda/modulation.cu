@@ -208,6 +208,7 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
     }
     const auto load_again = [&](int t, int p) {
       if constexpr (!kHold) {
+        __syncwarp();  // or the compiler loads all packs at once
         dh_packs[t][p] = load_pack(dh_rows.at(n + t), dh_rows.aligned, p, d);
         x_packs[t][p] = load_pack(x_rows.at(n + t), x_rows.aligned, p, d);
         y_packs[t][p] = load_pack(y_rows.at(n + t), y_rows.aligned, p, d);
@@ -302,7 +303,8 @@ struct Sums {  // kMaxSums at most of (B, F, runs, D) -> (B, F, D)
   int64_t runs, d;
 };
 
-__global__ void sum_runs_kernel(const Sums a) {
+// (with no limit on registers ptxas spares them, and waits between the loads)
+__global__ void __maxnreg__(64) sum_runs_kernel(const Sums a) {
   const int64_t which = blockIdx.x % a.count, block = blockIdx.x / a.count, frame = block / a.chunks;
   const int64_t i = ((block % a.chunks) * kSumThreads + threadIdx.x) * kSumColumns;
   if (i >= a.d) return;
@@ -315,16 +317,16 @@ __global__ void sum_runs_kernel(const Sums a) {
   rows += frame * a.runs * a.d + i;
   float4 total = {};
 #pragma unroll 1
-  for (int64_t r = 0; r < a.runs; r += kSumRows) {
+  for (int64_t r = 0; r < a.runs; r += kSumRows, rows += kSumRows * a.d) {
     float4 row[kSumRows] = {};
 #pragma unroll
     for (int k = 0; k < kSumRows; ++k)
-      if (r + k < a.runs) row[k] = *reinterpret_cast<const float4*>(rows + (r + k) * a.d);
+      if (r + k < a.runs) row[k] = *reinterpret_cast<const float4*>(rows + k * a.d);
 #pragma unroll
     for (int k = 0; k < kSumRows; ++k)
       total = {total.x + row[k].x, total.y + row[k].y, total.z + row[k].z, total.w + row[k].w};
   }
-  *reinterpret_cast<float4*>(sums + frame * a.d + i) = total;
+  __stwb(reinterpret_cast<float4*>(sums + frame * a.d + i), total);
 }
 
 // One row of float32 for each run: what sum_runs adds up.
@@ -374,16 +376,16 @@ void with_config(Configs<First, Rest...>, int64_t d, F f) {
   }
 }
 
-// As many tokens at once and as few registers as keep 24 KB of loads under way on every SM, up to D = 4096.
+// 24 KB of loads under way on every SM, up to D = 4096, are the aim: they cover the latency of every GPU so far.
 template <Kind kind, typename T>
 constexpr auto forward_configs() {
   constexpr int k = 4 / sizeof(T);  // two 16-bit tokens are as many bytes as one of float
   if constexpr (kind.norm == Norm::none) {
     return Configs<Config<1, k, 64, 1024>>{};
   } else if constexpr (!kind.residual) {
-    return Configs<Config<1, 2 * k, 96>, Config<2, k, 96>, Config<4, 1, 128>>{};
+    return Configs<Config<1, 2 * k, 96>, Config<2, k, 96, 512>>{};
   } else {
-    return Configs<Config<1, k, 96>, Config<2, 1, 112>, Config<4, 1, 224>>{};
+    return Configs<Config<1, k, 96>, Config<2, 1, k == 1 ? 128 : 96, 512>>{};
   }
 }
 
@@ -393,9 +395,9 @@ constexpr auto backward_configs() {
   if constexpr (kind.norm == Norm::none) {
     return Configs<Config<1, k, 64, 1024>>{};
   } else if constexpr (!kind.residual) {
-    return Configs<Config<1, k, 96>, Config<2, 1, 112>, Config<4, 1, sizeof(T) == 4 ? 208 : 200>>{};
+    return Configs<Config<1, k, 96>, Config<2, 1, 128, 512>>{};
   } else {
-    using Widest = std::conditional_t<sizeof(T) == 4, Config<4, 1, 255>, Config<3, 1, 184, 352>>;
+    using Widest = std::conditional_t<k == 1, Config<4, 1, 255>, Config<3, 1, 168, 352>>;
     return Configs<Config<1, 1, 96>, Config<2, 1, 168, 384>, Widest>{};
   }
 }
