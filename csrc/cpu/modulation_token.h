@@ -1,7 +1,9 @@
 // One token of the modulation family: residual, norm, shift and scale, and their gradients, in float32 vectors.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "cpu/vec.h"
@@ -39,40 +41,48 @@ VIDKERN_INLINE Vec residual(const T* x, const T* y, const float* gate, int64_t i
   return load(x + i);
 }
 
-// The mean is taken twice: `slip` is what rounding left over, and matters where |mean| is far above the deviation.
-// The norm is taken of z before it is rounded to T.
+// The mean of a token's first channels: differences from it stay small however far the mean is above the deviation.
+template <Kind kind, typename T>
+VIDKERN_INLINE float guess_mean(const ForwardToken<T>& token, const ForwardRows& rows, int64_t d) {
+  const int64_t count = d < 4 * kLanes ? kLanes : 4 * kLanes;
+  Vec total = {};
+  for (int64_t i = 0; i < count; i += kLanes) total += residual<kind>(token.x, token.y, rows.gate, i) * (1.0f / count);
+  return sum(total);
+}
+
+// One pass for both moments, of the differences from a guess of the mean; a second one where the guess was bad, as when
+// only the first channels are large. The norm is taken of z before it is rounded to T.
 template <Kind kind, typename T>
 VIDKERN_INLINE Statistics forward_token(const ForwardToken<T>& token, const ForwardRows& rows, int64_t d, float eps) {
-  constexpr bool kInPlace = std::is_same_v<T, float>;  // z in float32 lies in memory already
-  const float* row = rows.z;
-  if constexpr (kInPlace) row = kind.residual ? token.z : token.x;
-  Sum total, rest, squares;
-  for_each_vec(d, [&](int64_t i, int k) VIDKERN_INLINE_LAMBDA {
-    const Vec z = residual<kind>(token.x, token.y, rows.gate, i);
-    if constexpr (kind.residual) store(token.z + i, z);
-    if constexpr (kind.norm != Norm::none && !kInPlace) store(rows.z + i, z);
-    if constexpr (kind.norm == Norm::layer) total.chain[k] += z;
-    if constexpr (kind.norm == Norm::rms) squares.chain[k] += z * z;
-  });
-  if constexpr (kind.norm == Norm::none) return {};
-  float mean = 0.0f, slip = 0.0f;
-  if constexpr (kind.norm == Norm::layer) {
-    mean = total.total() / float(d);
+  constexpr bool kKeepsRow = kind.residual && kind.norm != Norm::none && !std::is_same_v<T, float>;
+  float guess = kind.norm == Norm::layer ? guess_mean<kind>(token, rows, d) : 0.0f, rest = 0.0f, variance = 0.0f;
+  for (int pass = 0; pass == 0 || (pass == 1 && rest * rest > 0.25f * variance); ++pass) {
+    guess += rest;
+    Sum total, squares;
     for_each_vec(d, [&](int64_t i, int k) VIDKERN_INLINE_LAMBDA {
-      const Vec centered = load(row + i) - mean;
-      rest.chain[k] += centered;
-      squares.chain[k] += centered * centered;
+      const Vec z = residual<kind>(token.x, token.y, rows.gate, i);
+      const Vec centered = kind.norm == Norm::layer ? z - guess : z;
+      if constexpr (kind.residual) store_plain(token.z + i, z);
+      if constexpr (kKeepsRow) store(rows.z + i, z);
+      if constexpr (kind.norm == Norm::layer) total.chain[k] += centered;
+      if constexpr (kind.norm != Norm::none) squares.chain[k] += centered * centered;
     });
-    slip = rest.total() / float(d);
+    if constexpr (kind.norm == Norm::none) return {};
+    rest = total.total() / float(d);
+    variance = squares.total() / float(d) - std::min(rest * rest, std::numeric_limits<float>::max());
   }
-  const float variance = squares.total() / float(d) - slip * slip;
-  const float rstd = 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + eps);
+  const float rstd = 1.0f / std::sqrt(std::max(variance, 0.0f) + eps), shift = rest * rstd;
   for_each_vec(d, [&](int64_t i, int) VIDKERN_INLINE_LAMBDA {
-    Vec z = load(row + i);
-    if constexpr (kind.norm == Norm::layer) z = z - mean - slip;
-    store(token.h + i, z * rstd * load(rows.gain + i) + load(rows.shift + i));
+    Vec z = {};
+    if constexpr (kKeepsRow) {
+      z = load(rows.z + i);
+    } else {
+      z = load((kind.residual ? token.z : token.x) + i);
+    }
+    const Vec n = kind.norm == Norm::layer ? (z - guess) * rstd - shift : z * rstd;
+    store_plain(token.h + i, n * load(rows.gain + i) + load(rows.shift + i));
   });
-  return {mean + slip, rstd};
+  return {guess + rest, rstd};
 }
 
 // A frame's vectors in float32, and sums over a run's tokens of their gradients.
@@ -97,6 +107,7 @@ VIDKERN_INLINE Vec normed(const BackwardToken<T>& token, const BackwardRows& row
 // The normed token is computed twice: a row that is written and read again would wait behind the stores of dx and dy.
 template <Kind kind, typename T>
 VIDKERN_INLINE void backward_token(const BackwardToken<T>& token, const BackwardRows& rows, int64_t d) {
+  const auto [mean, rstd] = token.statistics;
   Sum grad, along;
   if constexpr (kind.norm != Norm::none) {
     for_each_vec(d, [&](int64_t i, int k) VIDKERN_INLINE_LAMBDA {
@@ -107,19 +118,19 @@ VIDKERN_INLINE void backward_token(const BackwardToken<T>& token, const Backward
       store(rows.dscale + i, load(rows.dscale + i) + dh * n);
     });
   }
-  const float grad_mean = grad.total() / float(d), along_mean = along.total() / float(d);
+  const float offset = grad.total() / float(d) * rstd, slope = along.total() / float(d) * rstd * rstd;
   for_each_vec(d, [&](int64_t i, int) VIDKERN_INLINE_LAMBDA {
     Vec dz = {};
     if constexpr (kind.norm != Norm::none) {
-      const Vec n = normed<kind>(token, rows, i), dn = load(token.dh + i) * load(rows.gain + i);
-      dz = token.statistics.rstd * (dn - grad_mean - n * along_mean);
+      const Vec z = residual<kind>(token.x, token.y, rows.gate, i), dn = load(token.dh + i) * load(rows.gain + i);
+      dz = dn * rstd - ((kind.norm == Norm::layer ? z - mean : z) * slope + offset);
       if (kind.residual && token.dz != nullptr) dz += load(token.dz + i);
-      store(token.dx + i, dz);
+      store_plain(token.dx + i, dz);
     } else {
       dz = load(token.dz + i);
     }
     if constexpr (kind.residual) {
-      store(token.dy + i, load(rows.gate + i) * dz);
+      store_plain(token.dy + i, load(rows.gate + i) * dz);
       store(rows.dgate + i, load(rows.dgate + i) + dz * load(token.y + i));
     }
   });

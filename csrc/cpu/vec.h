@@ -68,13 +68,17 @@ VIDKERN_INLINE Vec load(const float16* p) {
 
 VIDKERN_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 
-VIDKERN_INLINE void store(bfloat16* p, Vec v) {
-  const VecBits bits = bit_cast<VecBits>(v), nan = VecBits{} + 0x7fc00000u;
-  const VecBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
-  const VecHalves halves = bit_cast<VecHalves>(v == v ? rounded : nan);
+VIDKERN_INLINE Vec plain_nan(Vec v) { return v == v ? v : bit_cast<Vec>(VecBits{} + 0x7fc00000u); }
+
+// Rounds to nearest, ties to even; a NaN with bits in its lower half could become Inf or 0.
+VIDKERN_INLINE void store_plain(bfloat16* p, Vec v) {
+  const VecBits bits = bit_cast<VecBits>(v);
+  const VecHalves halves = bit_cast<VecHalves>(bits + 0x7fffu + ((bits >> 16) & 1u));
   const VecHalf upper = __builtin_shufflevector(halves, halves, 1, 3, 5, 7, 9, 11, 13, 15);
   std::memcpy(p, &upper, sizeof(upper));
 }
+
+VIDKERN_INLINE void store(bfloat16* p, Vec v) { store_plain(p, plain_nan(v)); }
 
 VIDKERN_INLINE void store(float16* p, Vec v) {
   const VecBits bits = bit_cast<VecBits>(v), magnitude = bits & 0x7fffffffu;
@@ -86,6 +90,54 @@ VIDKERN_INLINE void store(float16* p, Vec v) {
   half = magnitude > 0x7f800000u ? nan : half;
   const VecHalf result = __builtin_convertvector(half | ((bits >> 16) & 0x8000u), VecHalf);
   std::memcpy(p, &result, sizeof(result));
+}
+
+#ifdef __x86_64__
+// float16 where the processor converts it. By asm: intrinsics cannot be inlined into a clone for processors without.
+struct float16_f16c {
+  uint16_t bits;
+};
+
+using Quad = float __attribute__((vector_size(16)));
+
+VIDKERN_INLINE Quad load_quad(const float16_f16c* p) {
+  Quad quad;
+  asm("vcvtph2ps %1, %0" : "=x"(quad) : "m"(*reinterpret_cast<const uint16_t(*)[4]>(p)));
+  return quad;
+}
+
+VIDKERN_INLINE void store_quad(float16_f16c* p, Quad quad) {
+  asm("vcvtps2ph $0, %1, %0" : "=m"(*reinterpret_cast<uint16_t(*)[4]>(p)) : "x"(quad));  // 0: ties to even
+}
+
+VIDKERN_INLINE Vec load(const float16_f16c* p) {
+  return __builtin_shufflevector(load_quad(p), load_quad(p + 4), 0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+VIDKERN_INLINE void store(float16_f16c* p, Vec v) {
+  store_quad(p, __builtin_shufflevector(v, v, 0, 1, 2, 3));
+  store_quad(p + 4, __builtin_shufflevector(v, v, 4, 5, 6, 7));
+}
+#endif
+
+// A store of values whose NaNs are plain, or come from T: what arithmetic on such values gives, too.
+template <typename T>
+VIDKERN_INLINE void store_plain(T* p, Vec v) {
+  store(p, v);
+}
+
+// Calls f with a value of the type that holds a dtype.
+template <typename F>
+VIDKERN_INLINE void with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float32: return f(float{});
+    case Dtype::bfloat16: return f(bfloat16{});
+    case Dtype::float16:
+#ifdef __x86_64__
+      if (__builtin_cpu_supports("f16c")) return f(float16_f16c{});
+#endif
+      return f(float16{});
+  }
 }
 
 VIDKERN_INLINE float sum(Vec v) {
@@ -125,21 +177,6 @@ VIDKERN_INLINE void for_each_vec(int64_t d, F f) {
     f(i + 3 * kLanes, 3);
   }
   for (; i < d; i += kLanes) f(i, 0);
-}
-
-template <typename T>
-VIDKERN_INLINE void widen(const void* p, int64_t offset, float addend, float* out, int64_t d) {
-  const T* values = static_cast<const T*>(p) + offset;
-  for_each_vec(d, [&](int64_t i, int) VIDKERN_INLINE_LAMBDA { store(out + i, load(values + i) + addend); });
-}
-
-// The vector of frame (b, f) in float32, plus an addend: 1 makes a gain of a scale.
-VIDKERN_INLINE void load_vector(const FrameVector& v, int64_t b, int64_t f, float addend, float* out, int64_t d) {
-  switch (v.dtype) {
-    case Dtype::float32: return widen<float>(v.data, v.offset(b, f), addend, out, d);
-    case Dtype::bfloat16: return widen<bfloat16>(v.data, v.offset(b, f), addend, out, d);
-    case Dtype::float16: return widen<float16>(v.data, v.offset(b, f), addend, out, d);
-  }
 }
 
 }  // namespace vidkern::cpu
