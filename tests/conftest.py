@@ -1,9 +1,9 @@
 """Where tests run: `--device cuda` puts tensors made without naming a device there; without CUDA, Triton interprets."""
 
-import os
-
 import pytest
 import torch
+
+from tests import triton_interpreter
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+        triton_interpreter.enable()
     device = torch.device(config.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch {torch.__version__} sees no CUDA device")

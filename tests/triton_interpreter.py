@@ -1,0 +1,23 @@
+"""Runs Triton kernels on the CPU, and quickly enough for tests."""
+
+import os
+from typing import Any
+
+
+def enable() -> None:
+    """Choose the interpreter, before the first kernel is defined."""
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    from triton.runtime.interpreter import InterpretedFunction
+
+    prepare_and_call = InterpretedFunction.__call__
+    prepared = set()
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a device function; the launch has prepared triton.language for all but Triton's own, which keep it."""
+        module = function.fn.__module__
+        if module.startswith("triton.") and module not in prepared:
+            prepared.add(module)
+            return prepare_and_call(function, *args, **kwargs)
+        return function.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = call
