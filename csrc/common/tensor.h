@@ -1,9 +1,11 @@
 // Tensors of the video layout as kernels see them, and what every launcher needs of PyTorch's stable ABI.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -45,9 +47,20 @@ inline FrameVector vector_of(const Tensor& tensor) {  // (B, F, D), any strides 
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), dtype_of(tensor), rows_aligned(tensor)};
 }
 
-// An uninitialised contiguous tensor on the device of another.
+// An uninitialised contiguous tensor on the device of another. Not new_empty, which looks its operator up by name.
 inline Tensor empty_beside(const Tensor& other, std::initializer_list<int64_t> size, ScalarType dtype) {
-  return torch::stable::new_empty(other, {size.begin(), size.size()}, dtype);
+  constexpr size_t kMaxDims = 8;
+  STD_TORCH_CHECK(size.size() <= kMaxDims, "at most ", kMaxDims, " dimensions");
+  int64_t strides[kMaxDims], stride = 1;
+  for (size_t dim = size.size(); dim-- > 0; stride *= std::max<int64_t>(size.begin()[dim], 1)) strides[dim] = stride;
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(other.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(other.get(), &device_index));
+  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(size.size()), size.begin(), strides, dtype_code, device_type, device_index, &made));
+  return Tensor(made);
 }
 
 inline Tensor empty_tokens(const Tensor& tokens) {
