@@ -2,6 +2,8 @@
 
 Both speak PyTorch's stable ABI, so one binary serves every Python and every torch >= 2.11. Neither is needed to
 import vidkern. ``VIDKERN_CUDA=0`` leaves the CUDA library out; ``CXX`` and ``CUDA_HOME`` choose the compilers.
+Beside the CUDA library comes vidkern/_C_info, by pybind11 and for this Python alone, which reports what the CUDA
+kernels need; a build without it goes on.
 """
 
 import importlib.util
@@ -12,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -27,6 +30,7 @@ CUDA_FLAGS = "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-
 CUDA_TARGETS = ("sm_80", "sm_86", "sm_90a")
 PTX_TARGET = "compute_90"  # what later GPUs compile for themselves
 TORCH_ABI = "0x020b000000000000"  # torch 2.11
+INFO = f"_C_info{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def find_cxx() -> str | None:
@@ -80,6 +84,8 @@ def ninja_file(cxx: str, nvcc: str | None) -> str:
             f"  command = $nvcc -shared $in -o $out -Xlinker --no-as-needed"
             f" -L{torch / 'lib'} -ltorch_cpu -L. -ltorch_cuda",
             *_library("cuda", "cu", "libtorch_cuda.so"),
+            *_info(),
+            "default _C_cpu.so _C_cuda.so",
         ]
     return "\n".join(rules) + "\n"
 
@@ -89,6 +95,19 @@ def _library(name: str, extension: str, needs: str = "") -> list[str]:
     objects = [f"{name}/{source.stem}.o" for source in sources]
     compiles = [f"build {obj}: compile_{name} {src}" for obj, src in zip(objects, sources, strict=True)]
     return [*compiles, f"build _C_{name}.so: link_{name} {' '.join(objects)} | {needs}".rstrip(" |")]
+
+
+def _info() -> list[str]:
+    pybind11 = importlib.util.find_spec("pybind11")
+    headers = [Path(pybind11.origin).parent / "include"] if pybind11 and pybind11.origin else []
+    include = " ".join(f"-isystem {folder}" for folder in [*headers, sysconfig.get_path("include")])
+    return [
+        "rule compile_info",
+        f"  command = $cxx {CXX_FLAGS} -shared -I{ROOT / 'csrc'} {include} -MMD -MF $out.d $in -o $out -ldl",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        f"build {INFO}: compile_info {ROOT / 'csrc' / 'info' / 'info.cpp'}",
+    ]
 
 
 class BuildKernels(build_ext):
@@ -110,7 +129,11 @@ class BuildKernels(build_ext):
         print(shlex.join(command))
         if subprocess.run(command).returncode:
             raise CompileError(f"vidkern: {cxx} or nvcc failed as told above; VIDKERN_CUDA=0 does without nvcc")
-        for library in self._outputs():
+        built = self._outputs()
+        if find_nvcc() and subprocess.run([*command, INFO]).returncode:
+            print("vidkern: no report of what CUDA kernels need: _C_info failed as told above", file=sys.stderr)
+            built = [library for library in built if library.name != INFO]
+        for library in built:
             library.parent.mkdir(parents=True, exist_ok=True)
             fresh = library.with_suffix(".new")
             shutil.copy2(folder / library.name, fresh)
@@ -119,7 +142,7 @@ class BuildKernels(build_ext):
     def _outputs(self) -> list[Path]:
         in_place = self.inplace or self.editable_mode
         package = (ROOT if in_place else Path(self.build_lib)) / "vidkern"
-        built = ["_C_cpu.so"] + (["_C_cuda.so"] if find_nvcc() else [])
+        built = ["_C_cpu.so"] + (["_C_cuda.so", INFO] if find_nvcc() else [])
         return [package / name for name in built]
 
     def get_outputs(self) -> list[str]:

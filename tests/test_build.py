@@ -89,6 +89,19 @@ def test_a_compiler_that_fails_is_one_line_below_its_own(project, tmp_path):
     assert "no such flag" in done.stdout
 
 
+def test_a_build_goes_on_without_the_report_of_what_kernels_need(project, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"\n[ "$1" = -o ] && touch "$2.d"\n')
+    nvcc.chmod(0o755)
+    (project / "csrc" / "info" / "info.cpp").write_text("#error not on this machine\n")
+    said = run(project, "setup.py", "build_ext", "--inplace", VIDKERN_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert "vidkern: no report of what CUDA kernels need: _C_info failed as told above" in said
+    package = project / "vidkern"
+    assert (package / "_C_cuda.so").exists()
+    assert not list(package.glob("_C_info*"))
+
+
 def undefined_symbols(library: Path) -> list[str]:
     listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
     return [line.split()[-1] for line in listing.stdout.splitlines()]

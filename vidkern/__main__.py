@@ -1,4 +1,7 @@
-"""`python -m vidkern doctor`: what is installed, which backend serves each operator here, and why not the others."""
+"""`python -m vidkern doctor`: what is installed, which backend serves each operator here, and why not the others.
+
+It also tells what each compiled CUDA kernel needs: registers, shared memory, and stack and spills.
+"""
 
 import argparse
 import importlib.metadata
@@ -8,7 +11,7 @@ import sys
 import torch
 
 import vidkern
-from vidkern import _dispatch, _extension, _library
+from vidkern import _dispatch, _extension, _library, _resources
 
 
 def _version(package: str) -> str:
@@ -59,15 +62,36 @@ def _table(device: str) -> list[str]:
     return lines + [f"[{number}] {reason}" for reason, number in reasons.items()]
 
 
+def _kernels() -> list[str]:
+    """Return one row a CUDA kernel, over its instances: those for this GPU, or for every target where there is none."""
+    kernels, reason = _resources.compiled()
+    if reason is not None:
+        return [f"CUDA kernels: {reason}"]
+    if torch.cuda.is_available():
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        kernels = [kernel for kernel in kernels if kernel.target.rstrip("af") == capability]
+        if not kernels:
+            return [f"CUDA kernels: none compiled for {capability}, so its driver compiles them from PTX"]
+    rows = [("CUDA kernel", "target", "instances", "registers", "shared", "stack and spills")]
+    for k in kernels:
+        low, high = k.registers
+        registers = str(high) if low == high else f"{low} to {high}"
+        name = f"{k.source} {k.kernel}".strip()
+        shared, local = f"{k.shared_bytes} B", f"{k.local_bytes} B"
+        rows.append((name, k.target, str(k.instances), registers, shared, local))
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    return ["".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
 def doctor() -> str:
-    """Return the report: versions, devices, compiled libraries, and the table of operators for each device here."""
+    """Return the report: versions, devices, compiled libraries, the operators on each device here, CUDA's kernels."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     sections = [_environment(), *(_table(device) for device in devices)]
     note = [
         "float64 tensors and shapes that a kernel does not take go to the next backend in turn;"
         " VIDKERN_LOG=dispatch tells for every call."
     ]
-    return "\n\n".join("\n".join(section) for section in [*sections, note])
+    return "\n\n".join("\n".join(section) for section in [*sections, note, _kernels()])
 
 
 def main() -> int:

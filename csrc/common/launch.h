@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "common/resources.h"
 #include "common/tensor.h"
 
 #ifndef VIDKERN_CUDA_KEY  // the emulator serves CPU tensors
@@ -32,6 +33,7 @@ void launch(const Tensor& on, void (*kernel)(Parameters...), int64_t blocks, int
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = static_cast<cudaStream_t>(stream);
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+  note_launch(kernel, threads);
 }
 
 }  // namespace vidkern::cuda
