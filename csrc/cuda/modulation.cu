@@ -5,7 +5,6 @@
 #include <array>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 
 #include "common/device.h"
 #include "common/launch.h"
@@ -37,25 +36,31 @@ struct Config {
   }
 };
 
-// A run's rows of one tensor.
+// A run's rows of one tensor, from the token on that the block has come to. (A pointer that moves leaves the compiler no
+// sums of row and column to hold in registers.)
 template <typename T>
 struct RunRows {
-  T* first;
+  T* row;
   int64_t stride;
   bool aligned;
 
   __device__ RunRows(const Tokens& tokens, const Run& run)
-      : first(static_cast<T*>(tokens.data) + tokens.offset(run.b, run.f, run.first)),
+      : row(static_cast<T*>(tokens.data) + tokens.offset(run.b, run.f, run.first)),
         stride(tokens.stride_n),
         aligned(tokens.aligned) {}
 
-  __device__ T* at(int n) const { return first + n * stride; }
+  __device__ T* at(int t) const { return row + t * stride; }
 
   template <int kTokens, int kPacks>
-  __device__ void load(int n, int count, int d, Pack<T> (&packs)[kTokens][kPacks]) const {
-    load_rows(at(n), stride, aligned, count - n, d, packs);
+  __device__ void load(int count, int d, Pack<T> (&packs)[kTokens][kPacks]) const {
+    load_rows(row, stride, aligned, count, d, packs);
   }
 };
+
+template <typename... Rows>
+__device__ inline void advance(int tokens, Rows&... rows) {
+  ((rows.row += tokens * rows.stride), ...);
+}
 
 __device__ inline int64_t first_token(const Shape& shape, const Run& run) {
   return (run.b * shape.f + run.f) * shape.n + run.first;
@@ -85,7 +90,7 @@ __global__ void __maxnreg__(C::kRegisters) forward_kernel(const Forward a) {
   const Run run = a.runs[blockIdx.x];
   const int d = static_cast<int>(a.runs.shape.d), tokens = static_cast<int>(run.last - run.first);
   const float inverse_d = 1.0f / static_cast<float>(d);
-  const RunRows<T> x_rows(a.x, run), y_rows(a.y, run), z_rows(a.z, run), h_rows(a.h, run);
+  RunRows<T> x_rows(a.x, run), y_rows(a.y, run), z_rows(a.z, run), h_rows(a.h, run);
   const int64_t first = first_token(a.runs.shape, run);
   float gate[kPacks][kPack], gain[kPacks][kPack], shift[kPacks][kPack];
   if constexpr (kind.residual) load_vector(a.gate, run, d, gate);
@@ -96,11 +101,11 @@ __global__ void __maxnreg__(C::kRegisters) forward_kernel(const Forward a) {
 
   int turn = 0;
 #pragma unroll 1
-  for (int n = 0; n < tokens; n += kTokens) {
+  for (int n = 0; n < tokens; n += kTokens, advance(kTokens, x_rows, y_rows, z_rows, h_rows)) {
     float z[kTokens][kPacks][kPack];
     Pack<T> x_packs[kTokens][kPacks], y_packs[kTokens][kPacks];
-    x_rows.load(n, tokens, d, x_packs);
-    if constexpr (kind.residual) y_rows.load(n, tokens, d, y_packs);
+    x_rows.load(tokens - n, d, x_packs);
+    if constexpr (kind.residual) y_rows.load(tokens - n, d, y_packs);
     widen(x_packs, z);
     if constexpr (kind.residual) {
 #pragma unroll
@@ -108,7 +113,7 @@ __global__ void __maxnreg__(C::kRegisters) forward_kernel(const Forward a) {
         float y[kPacks][kPack];
         widen(y_packs[t], y);
         for_each_element<kPacks>([&](int p, int i) { z[t][p][i] += gate[p][i] * y[p][i]; });
-        if (n + t < tokens) store_row(z_rows.at(n + t), d, z[t]);
+        if (n + t < tokens) store_row(z_rows.at(t), d, z[t]);
       }
     }
     if constexpr (kind.norm == Norm::none) continue;
@@ -155,7 +160,7 @@ __global__ void __maxnreg__(C::kRegisters) forward_kernel(const Forward a) {
       if (n + t >= tokens) break;
       const float rstd = rsqrtf((variance[t] < 0.0f ? 0.0f : variance[t]) + a.eps);
       for_each_element<kPacks>([&](int p, int i) { z[t][p][i] = z[t][p][i] * rstd * gain[p][i] + shift[p][i]; });
-      store_row(h_rows.at(n + t), d, z[t]);
+      store_row(h_rows.at(t), d, z[t]);
       if (threadIdx.x == 0) {
         if constexpr (kind.norm == Norm::layer) a.mean[first + n + t] = mean[t];
         a.rstd[first + n + t] = rstd;
@@ -177,14 +182,14 @@ struct Backward {
 template <Kind kind, typename T, typename C>
 __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
   constexpr int kTokens = C::kTokens, kPacks = C::kPacks;
-  constexpr bool kHold = !kind.residual || kPacks < 3;  // four rows of more packs do not fit: they are read twice
+  constexpr bool kHold = !kind.residual || kPacks < 4;  // four packs of four tensors do not fit: they are read twice
   __shared__ Shared<float, C::kMaxWarps * kTokens * 2> scratch[2];
   const Run run = a.runs[blockIdx.x];
   const int d = static_cast<int>(a.runs.shape.d), tokens = static_cast<int>(run.last - run.first);
   const float inverse_d = 1.0f / static_cast<float>(d);
   const bool has_dz = a.dz.data != nullptr;
-  const RunRows<T> dh_rows(a.dh, run), dz_rows(a.dz, run), x_rows(a.x, run), y_rows(a.y, run);
-  const RunRows<T> dx_rows(a.dx, run), dy_rows(a.dy, run);
+  RunRows<T> dh_rows(a.dh, run), dz_rows(a.dz, run), x_rows(a.x, run), y_rows(a.y, run);
+  RunRows<T> dx_rows(a.dx, run), dy_rows(a.dy, run);
   const int64_t first = first_token(a.runs.shape, run);
   float gate[kPacks][kPack], gain[kPacks][kPack];
   float dgate[kPacks][kPack] = {}, dshift[kPacks][kPack] = {}, dscale[kPacks][kPack] = {};
@@ -193,25 +198,24 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
 
   int turn = 0;
 #pragma unroll 1
-  for (int n = 0; n < tokens; n += kTokens, turn ^= 1) {
+  for (int n = 0; n < tokens; n += kTokens, advance(kTokens, dh_rows, dz_rows, x_rows, y_rows, dx_rows, dy_rows)) {
     Pack<T> dh_packs[kTokens][kPacks], dz_packs[kTokens][kPacks], x_packs[kTokens][kPacks], y_packs[kTokens][kPacks];
     float mean[kTokens] = {}, rstd[kTokens] = {}, grad[kTokens] = {}, along[kTokens] = {};
     if constexpr (kHold) {
       if constexpr (kind.norm != Norm::none) {
-        dh_rows.load(n, tokens, d, dh_packs);
-        x_rows.load(n, tokens, d, x_packs);
+        dh_rows.load(tokens - n, d, dh_packs);
+        x_rows.load(tokens - n, d, x_packs);
       }
       if constexpr (kind.residual) {
-        y_rows.load(n, tokens, d, y_packs);
-        if (has_dz) dz_rows.load(n, tokens, d, dz_packs);
+        y_rows.load(tokens - n, d, y_packs);
+        if (has_dz) dz_rows.load(tokens - n, d, dz_packs);
       }
     }
     const auto load_again = [&](int t, int p) {
       if constexpr (!kHold) {
-        __syncwarp();  // or the compiler loads all packs at once
-        dh_packs[t][p] = load_pack(dh_rows.at(n + t), dh_rows.aligned, p, d);
-        x_packs[t][p] = load_pack(x_rows.at(n + t), x_rows.aligned, p, d);
-        y_packs[t][p] = load_pack(y_rows.at(n + t), y_rows.aligned, p, d);
+        dh_packs[t][p] = load_pack(dh_rows.at(t), dh_rows.aligned, p, d);
+        x_packs[t][p] = load_pack(x_rows.at(t), x_rows.aligned, p, d);
+        y_packs[t][p] = load_pack(y_rows.at(t), y_rows.aligned, p, d);
       }
     };
     const auto unpack = [&](int t, int p, float (&dh)[kPack], float (&normed)[kPack]) {
@@ -251,6 +255,7 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
         if constexpr (kind.norm == Norm::layer) sums[t * kSums + 1] = grad[t];
       }
       block_sum(sums, scratch[turn]);
+      turn ^= 1;
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         along[t] = sums[t * kSums] * inverse_d;
@@ -265,13 +270,13 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
         float dz[kPack] = {};
         load_again(t, p);
         if constexpr (!kHold)
-          if (has_dz) dz_packs[t][p] = load_pack(dz_rows.at(n + t), dz_rows.aligned, p, d);
+          if (has_dz) dz_packs[t][p] = load_pack(dz_rows.at(t), dz_rows.aligned, p, d);
         if constexpr (kind.residual) dz_packs[t][p].widen(dz);
         if constexpr (kind.norm != Norm::none) {
           float dh[kPack], normed[kPack];
           unpack(t, p, dh, normed);
           for_each([&](int i) { dz[i] += rstd[t] * (dh[i] * gain[p][i] - grad[t] - normed[i] * along[t]); });
-          store_pack(dx_rows.at(n + t), p, d, dz);
+          store_pack(dx_rows.at(t), p, d, dz);
         }
         if constexpr (kind.residual) {
           float y[kPack];
@@ -280,7 +285,7 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
             dgate[p][i] += dz[i] * y[i];
             dz[i] *= gate[p][i];
           });
-          store_pack(dy_rows.at(n + t), p, d, dz);
+          store_pack(dy_rows.at(t), p, d, dz);
         }
       }
     }
@@ -385,7 +390,7 @@ constexpr auto forward_configs() {
   } else if constexpr (!kind.residual) {
     return Configs<Config<1, 2 * k, 96>, Config<2, k, 96, 512>>{};
   } else {
-    return Configs<Config<1, k, 96>, Config<2, 1, k == 1 ? 128 : 96, 512>>{};
+    return Configs<Config<1, k, 80>, Config<2, 1, k == 1 ? 128 : 96, 512>>{};
   }
 }
 
@@ -397,8 +402,7 @@ constexpr auto backward_configs() {
   } else if constexpr (!kind.residual) {
     return Configs<Config<1, k, 96>, Config<2, 1, 128, 512>>{};
   } else {
-    using Widest = std::conditional_t<k == 1, Config<4, 1, 255>, Config<3, 1, 168, 352>>;
-    return Configs<Config<1, 1, 96>, Config<2, 1, 168, 384>, Widest>{};
+    return Configs<Config<1, 1, 96>, Config<2, 1, 168, 384>, Config<4, 1, 255>>{};
   }
 }
 
@@ -424,9 +428,9 @@ void backward(const Tensor& on, const Backward& a) {
   });
 }
 
-// Short runs fill the GPU to the end: 1000 blocks are two to three rounds of those that an A100 holds at a time. Long runs
-// write fewer partial rows: of D floats a gradient, written and read again, beside 3 to 6 rows of tokens read and written
-// for each token, 6 to 8% in 16 bits at 32 tokens, 25 to 33% at 8.
+// Short runs fill the GPU to the end: 1000 blocks are two to three rounds of those that an A100 holds. Long runs write
+// fewer partial rows: 4 D bytes a gradient, written and read again, beside 3 to 6 D e bytes for each token of the run;
+// in 16 bits 6 to 8% more at 32 tokens, 25 to 33% at 8.
 Runs runs_of(const Tensor& tokens) {
   constexpr int64_t kShortest = 8, kLongest = 32, kBlocks = 1000;
   const Shape shape = shape_of(tokens);
