@@ -55,6 +55,26 @@ struct Rows {
   bool aligned;
 };
 
+// --- loops ---
+
+template <typename F>
+__device__ inline void for_each_score(F f) {  // f(half, element of the fragment)
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) f(half, i);
+  }
+}
+
+template <int kWords, typename F>
+__device__ inline void for_each_fragment(F f) {  // f(word, element of its fragment)
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) f(w, i);
+  }
+}
+
 // --- loads and stores, in chunks of at most four words, the width of a load ---
 
 template <int kValue>
@@ -211,10 +231,12 @@ __device__ inline void dot(Scores& s, const Tile<float, kWords>& a, const Tile<f
   }
 }
 
+// Eight rows are summed on their own first: over many tiles, short sums lose less.
 template <int kWords>
 __device__ inline void accumulate(Fragment* o, const Scores& p, const Tile<float, kWords>& b) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    Fragment sums[kWords] = {};
 #pragma unroll 1
     for (int pair = 0; pair < 4; ++pair) {
 #pragma unroll
@@ -224,31 +246,12 @@ __device__ inline void accumulate(Fragment* o, const Scores& p, const Tile<float
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
           const float2 word = shuffle(b.rows[half][w], 4 * (2 * pair + i) + lane_t());
-          o[w][0] = fmaf(upper, word.x, o[w][0]), o[w][1] = fmaf(upper, word.y, o[w][1]);
-          o[w][2] = fmaf(lower, word.x, o[w][2]), o[w][3] = fmaf(lower, word.y, o[w][3]);
+          sums[w][0] = fmaf(upper, word.x, sums[w][0]), sums[w][1] = fmaf(upper, word.y, sums[w][1]);
+          sums[w][2] = fmaf(lower, word.x, sums[w][2]), sums[w][3] = fmaf(lower, word.y, sums[w][3]);
         }
       }
     }
-  }
-}
-
-// --- loops ---
-
-template <typename F>
-__device__ inline void for_each_score(F f) {  // f(half, element of the fragment)
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) f(half, i);
-  }
-}
-
-template <int kWords, typename F>
-__device__ inline void for_each_fragment(F f) {  // f(word, element of its fragment)
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) f(w, i);
+    for_each_fragment<kWords>([&](int w, int i) { o[w][i] += sums[w][i]; });
   }
 }
 

@@ -36,8 +36,8 @@ struct Config {
   }
 };
 
-// A run's rows of one tensor, from the token on that the block has come to. (A pointer that moves leaves the compiler no
-// sums of row and column to hold in registers.)
+// A run's rows of one tensor, from the token on that the block has come to. (A pointer that moves leaves the compiler
+// no sums of row and column to hold in registers.)
 template <typename T>
 struct RunRows {
   T* row;
