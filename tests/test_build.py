@@ -1,12 +1,16 @@
 """setup.py: what it builds, what it rebuilds, what it says without a compiler, and what the libraries need to load."""
 
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -115,22 +119,116 @@ def test_a_library_needs_only_the_stable_abi_of_torch(name):
     assert all(symbol.startswith(("aoti_torch_", "torch_")) for symbol in of_torch), of_torch
 
 
-@needs_nvcc
-@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90a"])
-def test_cuda_kernels_fit_the_budget(target, tmp_path):
+class Gpu(NamedTuple):
+    """What one SM of a target holds at most, and the bytes that it must have under way to keep the memory busy."""
+
+    threads: int
+    blocks: int
+    bytes_under_way: float  # bandwidth x 600 ns of latency / SMs
+
+
+class Kernel(NamedTuple):
+    """What ptxas says of a kernel."""
+
+    name: str  # mangled
+    registers: int
+    shared_bytes: int
+    local_bytes: int  # stack and spills
+
+
+TARGETS = {
+    "sm_80": Gpu(2048, 32, 11e3),  # A100: 2039 GB/s, 108 SMs
+    "sm_86": Gpu(1536, 16, 5.5e3),  # A6000: 768 GB/s, 84 SMs
+    "sm_90a": Gpu(2048, 32, 22e3),  # H200: 4800 GB/s, 132 SMs
+}
+
+
+@cache
+def kernels_of(source: Path, target: str) -> list[Kernel]:
     import torch
 
-    include = Path(torch.__file__).parent / "include"
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        command = f"nvcc -std=c++20 -O3 -cubin -arch={target} -Xptxas -v -DUSE_CUDA"
-        command += f" -DTORCH_TARGET_VERSION=0x020b000000000000 -I{ROOT / 'csrc'} -isystem {include}"
+    command = f"nvcc -std=c++20 -O3 -cubin -arch={target} -Xptxas -v -DUSE_CUDA"
+    command += f" -DTORCH_TARGET_VERSION=0x020b000000000000 -I{ROOT / 'csrc'}"
+    command += f" -isystem {Path(torch.__file__).parent / 'include'}"
+    with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [*command.split(), str(source), "-o", str(tmp_path / "kernels.cubin")], capture_output=True, text=True
+            [*command.split(), str(source), "-o", f"{folder}/kernels.cubin"], capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
-        spills = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill)", done.stderr)]
-        shared = [int(n) for n in re.findall(r"(\d+) bytes smem", done.stderr)]
-        registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-        assert len(registers) > 0, done.stderr
-        assert max(spills) == 0, done.stderr
-        assert max(shared, default=0) <= 99 * 1024, done.stderr
+    assert done.returncode == 0, done.stderr
+    return [
+        Kernel(
+            name,
+            registers=int(re.findall(r"Used (\d+) registers", facts)[0]),
+            shared_bytes=sum(map(int, re.findall(r"(\d+) bytes smem", facts))),
+            local_bytes=sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", facts))),
+        )
+        for name, facts in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling|\Z)", done.stderr, re.DOTALL)
+    ]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda source: source.stem)
+def test_cuda_kernels_fit_the_budget(source, target):
+    for kernel in kernels_of(source, target):
+        assert kernel.local_bytes == 0, kernel
+        assert kernel.shared_bytes <= 99 * 1024, kernel
+
+
+def blocks_of_an_sm(kernel: Kernel, threads: int, gpu: Gpu) -> int:
+    """Return how many blocks an SM holds: each of its four parts gives registers to warps, in eights a thread."""
+    warps_of_a_part = 16384 // (32 * 8 * math.ceil(kernel.registers / 8))
+    return min(4 * warps_of_a_part // (threads // 32), gpu.threads // threads, gpu.blocks)
+
+
+class ModulationKernel(NamedTuple):
+    """A kernel of csrc/cuda/modulation.cu and the template arguments in its name."""
+
+    kernel: Kernel
+    member: tuple[str, ...]  # direction, residual, norm, dtype
+    packs: int  # of eight elements, that a thread owns
+    tokens: int  # that a block loads at a time
+    max_threads: int
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of each channel that a block loads at a time."""
+        direction, residual, norm, dtype = self.member
+        tensors = {"forward": 1, "backward": 2 if norm != "0" else 1}[direction]
+        tensors += int(residual) * (2 if direction == "backward" and norm != "0" else 1)
+        return self.tokens * tensors * (4 if dtype == "f" else 2)
+
+    def threads(self, channels: int) -> int:
+        """Return the threads of a block for D channels."""
+        return 32 * math.ceil(channels / 8 / self.packs / 32)
+
+
+def modulation_kernels(target: str) -> list[ModulationKernel]:
+    pattern = r"(forward|backward)_kernelI.*KindELb([01])\w*NormE([012])EEE(f|6__half|13__nv_bfloat16)\w*ConfigI"
+    pattern += r"Li(\d+)ELi(\d+)ELi\d+ELi(\d+)E"
+    found = []
+    for kernel in kernels_of(ROOT / "csrc" / "cuda" / "modulation.cu", target):
+        match = re.search(pattern, kernel.name)
+        if match is not None:
+            packs, tokens, max_threads = map(int, match.groups()[4:])
+            found.append(ModulationKernel(kernel, match.groups()[:4], packs, tokens, max_threads))
+    return found
+
+
+@needs_nvcc
+@pytest.mark.parametrize("target", TARGETS)
+def test_modulation_kernels_keep_the_memory_busy(target):
+    gpu, kernels = TARGETS[target], modulation_kernels(target)
+    assert len({kernel.member for kernel in kernels}) == 5 * 2 * 3  # operators, directions, dtypes
+    for kernel in kernels:
+        assert blocks_of_an_sm(kernel.kernel, kernel.max_threads, gpu) >= 1, f"cannot be launched: {kernel}"
+    for channels in (1152, 1536, 3072):
+        fitting = [kernel for kernel in kernels if kernel.threads(channels) <= kernel.max_threads]
+        fitting.sort(key=lambda kernel: kernel.packs, reverse=True)
+        for kernel in {kernel.member: kernel for kernel in fitting}.values():  # of each, the one with fewest packs
+            threads = kernel.threads(channels)
+            blocks = blocks_of_an_sm(kernel.kernel, threads, gpu)
+            assert blocks >= 2, f"nothing to do at a barrier: D = {channels}, {kernel}"
+            assert blocks * threads >= 384, f"too few threads: D = {channels}, {kernel}"
+            under_way = blocks * channels * kernel.loaded_bytes
+            assert under_way >= gpu.bytes_under_way, f"{under_way} bytes under way: D = {channels}, {kernel}"
