@@ -153,16 +153,16 @@ def _spread(found: Sequence[dict[str, float]], name: str) -> str:
     return f"{min(values):.2f}x to {max(values):.2f}x, median {statistics.median(values):.2f}x" if values else ""
 
 
-def put_into(page: Path, report: str) -> None:
+def put_into(page: Path, report: str, begin: str = BEGIN, end: str = END) -> None:
     """Replace what stands between the two markers of a page.
 
     Raises:
         ValueError: the page does not have the markers.
     """
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{page} must hold the lines {BEGIN!r} and {END!r}")
+    before, begun, rest = page.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (begun and ended):
+        raise ValueError(f"{page} must hold the lines {begin!r} and {end!r}")
     page.write_text(f"{before}{begin}\n{report}\n{end}{after}")
 
 

@@ -1,0 +1,225 @@
+"""Predicts how long an operator takes on GPUs that are not here, from the bytes it moves and the FLOPs it does.
+
+time = max(bytes / (bandwidth * efficiency), flops / rate) + launches * overhead, with the operator's efficiency as the
+newest GPU run under results/ shows it, or before there is one the target that it is held to.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import markdown, put_into
+from benchmarks.results import RESULTS, Run, read_runs
+from benchmarks.shapes import Tokens, video_tokens
+
+BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
+BYTES = 2  # of an element: the tables are for bfloat16
+FLOAT = 4
+#: Seconds from the end of one kernel to the first loads of the next, in a CUDA graph: an assumption.
+LAUNCH_SECONDS = 2e-6
+#: What a copy and a product of matrices reach of the datasheet's figures, as an H200 was measured.
+COPY_SHARE, PRODUCT_SHARE = 4300 / 4800, 790 / 989
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU by what its copies and its dense bfloat16 products reach, and the targets of each family there."""
+
+    name: str
+    bytes_per_second: float
+    flops_per_second: float
+    targets: dict[str, float]  # family: share of the copy's bandwidth
+
+    @classmethod
+    def of_datasheet(cls, name: str, gigabytes: float, teraflops: float, **targets: float) -> "Device":
+        return cls(name, gigabytes * COPY_SHARE * 1e9, teraflops * PRODUCT_SHARE * 1e12, targets)
+
+
+DEVICES = [
+    Device.of_datasheet("A100", 2039, 312, modulation=0.88, attention=0.80),
+    Device.of_datasheet("RTX A6000", 768, 155, modulation=0.88, attention=0.80),
+    Device.of_datasheet("H200", 4800, 989, modulation=0.90, attention=0.85),
+]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one pass of an operator takes: bytes through device memory, FLOPs of its products, kernel launches."""
+
+    bytes: int
+    flops: int = 0
+    launches: int = 1
+
+    def seconds(self, device: Device, efficiency: float) -> float:
+        """Return the predicted time."""
+        memory = self.bytes / (device.bytes_per_second * efficiency)
+        return max(memory, self.flops / device.flops_per_second) + self.launches * LAUNCH_SECONDS
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator of a family: the shape that it sees of an activation, and the costs of its passes there."""
+
+    family: str
+    name: str
+    shape: Callable[[Tokens], Shape]
+    cost: Callable[[Shape, int, bool], Cost]  # of a shape, bytes an element, whether it is the backward pass
+
+
+# --- modulation ---
+
+
+def runs_of_a_frame(shape: Shape) -> int:
+    """Return into how many runs of tokens the CUDA kernels cut a frame: rows of the vector gradients."""
+    b, f, n, _ = shape
+    length = 32
+    while length > 8 and b * f * math.ceil(n / length) < 1000:
+        length //= 2
+    return math.ceil(n / length)
+
+
+def modulation(name: str, passes: tuple[int, int], vectors: int, statistics_: int) -> Operator:
+    """Return an operator by its passes over X forward and backward, its vectors and its statistics of a token."""
+
+    def cost(shape: Shape, e: int, backward: bool) -> Cost:
+        b, f, n, d = shape
+        vector, kept = b * f * d, statistics_ * b * f * n * FLOAT
+        moved = passes[backward] * b * f * n * d * e + kept
+        if not backward:
+            return Cost(moved + vectors * vector * e)
+        read = max(1, vectors - 1)  # all but the shift
+        partial = vector * runs_of_a_frame(shape) * FLOAT  # written, and read by the second kernel
+        return Cost(moved + read * vector * e + vectors * (2 * partial + vector * FLOAT), launches=2)
+
+    return Operator("modulation", name, lambda tokens: tokens.shape, cost)
+
+
+# --- attention ---
+
+
+def qkv_shape(tokens: Tokens) -> Shape:
+    """Return (B, F, N, 3, H, d) as Latte (d = 64 and 72) or Wan (d = 128) split their channels."""
+    heads = {384: 6, 768: 12, 1024: 16, 1152: 16}.get(tokens.channels, tokens.channels // 128)
+    return tokens.batch, tokens.frames, tokens.tokens, 3, heads, tokens.channels // heads
+
+
+def temporal_attention_cost(shape: Shape, e: int, backward: bool) -> Cost:
+    """Return 4X forward and 7X backward; products: q k^T, p v; q k^T again, do v^T, p^T do, ds k, ds^T q."""
+    b, f, n, _, h, d = shape
+    elements = b * f * n * h * d
+    passes, products = (7, 5) if backward else (4, 2)
+    return Cost(passes * elements * e, products * 2 * elements * f)
+
+
+OPERATORS = [
+    modulation("layer_norm_modulate", (2, 3), 2, 2),
+    modulation("rms_norm_modulate", (2, 3), 2, 1),
+    modulation("gate_residual", (3, 3), 1, 0),
+    modulation("gate_residual_modulate", (4, 6), 3, 2),
+    modulation("gate_residual_rms_modulate", (4, 6), 3, 1),
+    Operator("attention", "temporal_attention_packed", qkv_shape, temporal_attention_cost),
+]
+FAMILIES = sorted({operator.family for operator in OPERATORS})
+
+
+# --- efficiency ---
+
+
+def measured_efficiency(operator: Operator, backward: bool, runs: Iterable[Run]) -> tuple[float, str] | None:
+    """Return (efficiency, device) of the newest run of an operator in bfloat16 on a GPU, or None.
+
+    It is the median over its shapes of the time predicted from the run's own ceilings over the time measured; with
+    ``backward``, of forward and backward together, as they are measured.
+    """
+    wanted = "forward+backward" if backward else "forward"
+    for run in sorted(runs, key=lambda run: run.environment["date"], reverse=True):
+        if "capability" not in run.environment:
+            continue
+        found = [
+            _efficiency(operator, result, run.ceilings)
+            for result in run.results
+            if (result["operator"], result["passes"], result["dtype"]) == (operator.name, wanted, "bfloat16")
+            if result["traffic_bytes"] and result["ours"] != "ours:reference"
+            if "seconds" in result["variants"][result["ours"]]
+        ]
+        if found:
+            return statistics.median(found), run.environment["device"]
+    return None
+
+
+def _efficiency(operator: Operator, result: dict[str, Any], ceilings: dict[str, Any]) -> float:
+    copy, product = ceilings["copy_gigabytes_per_second"] * 1e9, ceilings["product_teraflops"] * 1e12
+    device = Device("measured", copy, product, {})
+    passes = [False, True] if result["passes"] == "forward+backward" else [False]
+    costs = [operator.cost(tuple(result["shape"]), BYTES, backward) for backward in passes]
+    return sum(cost.seconds(device, 1.0) for cost in costs) / result["variants"][result["ours"]]["seconds"]
+
+
+# --- tables ---
+
+
+def table(family: str, runs: Sequence[Run]) -> str:
+    """Return a family's predictions for bfloat16: what they rest on, and a row for each operator and shape."""
+    operators = [operator for operator in OPERATORS if operator.family == family]
+    found = {(op.name, back): measured_efficiency(op, back, runs) for op in operators for back in (False, True)}
+    rows = []
+    for operator in operators:
+        for tokens in video_tokens(torch.device("cuda")).values():
+            costs = [operator.cost(operator.shape(tokens), BYTES, backward) for backward in (False, True)]
+            cells = [" / ".join(f"{cost.bytes / 1e6:.1f}" for cost in costs)]
+            for device in DEVICES:
+                efficiencies = [(found[operator.name, back] or [device.targets[family]])[0] for back in (False, True)]
+                times = [cost.seconds(device, eff) for cost, eff in zip(costs, efficiencies, strict=True)]
+                cells.append(" / ".join(f"{time * 1e3:.3f}" for time in times))
+            rows.append([operator.name, f"{tokens.name} {operator.shape(tokens)}", *cells])
+    header = ["operator", "shape", "MB", *(f"{device.name}, predicted ms" for device in DEVICES)]
+    return "\n".join([_basis(family, found), "", *markdown(header, rows)])
+
+
+def _basis(family: str, found: dict[tuple[str, bool], tuple[float, str] | None]) -> str:
+    targets = ", ".join(f"{device.name} {device.targets[family]:.0%}" for device in DEVICES)
+    measured = [
+        f"{name} {'forward+backward' if backward else 'forward'} {efficiency[0]:.0%} on {efficiency[1]}"
+        for (name, backward), efficiency in found.items()
+        if efficiency
+    ]
+    told = f"measured efficiencies ({'; '.join(measured)})" if measured else ""
+    aimed = f"the targets as efficiencies ({targets})" if len(measured) < len(found) else ""
+    return (
+        "Predicted, not measured: forward / backward in bfloat16 by `benchmarks/roofline.py`, with"
+        f" {' and elsewhere '.join(filter(None, [told, aimed]))} of what a copy reaches,"
+        f" and {LAUNCH_SECONDS * 1e6:.0f} us a launch."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that holds <device>/*.json")
+    parser.add_argument(
+        "--into", type=Path, metavar="PAGE", help=f"write the family of the page's folder between {BEGIN} and {END}"
+    )
+    options = parser.parse_args(arguments)
+    runs = read_runs(options.results)
+    if options.into is None:
+        print("\n\n".join(table(family, runs) for family in FAMILIES))
+        return 0
+    family = options.into.resolve().parent.name
+    if family not in FAMILIES:
+        parser.error(f"--into must be a page in a folder named {', '.join(FAMILIES)}, got {options.into}")
+    put_into(options.into, table(family, runs), BEGIN, END)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
