@@ -200,7 +200,7 @@ __device__ inline void accumulate(Fragment* o, const Scores& p, const Tile<T, kW
 
 // The same in float32, by multiply-adds: row n of b comes from the lanes that hold it, for the columns that a lane owns.
 __device__ inline float2 shuffle(float2 word, int lane) {
-  return {__shfl_sync(kAllLanes, word.x, lane), __shfl_sync(kAllLanes, word.y, lane)};
+  return bit_cast<float2>(__shfl_sync(kAllLanes, bit_cast<unsigned long long>(word), lane));
 }
 
 template <int kWords>
