@@ -1,7 +1,8 @@
 """What the suites share: the run's record, the fixture that measures, and the tables after the last test."""
 
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks.harness import Problem, measure
 from benchmarks.report import run_report
 from benchmarks.results import JSON_VARIABLE, Run, figures, result_path
 from benchmarks.sample_clock import replay
+from vidkern._resources import launched
 
 RUN = pytest.StashKey[Run]()
 
@@ -26,11 +28,15 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def run(request: pytest.FixtureRequest, device: torch.device) -> Run:
+def run(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Run]:
     described = environment(device)
     path = Path(os.environ.get(JSON_VARIABLE) or result_path(described))
-    request.config.stash[RUN] = Run(path, described, measure_ceilings(device))
-    return request.config.stash[RUN]
+    request.config.stash[RUN] = run = Run(path, described, measure_ceilings(device))
+    yield run
+    kernels, _ = launched()
+    if kernels:
+        run.kernels = [dataclasses.asdict(kernel) for kernel in kernels]
+        run.write()
 
 
 @pytest.fixture

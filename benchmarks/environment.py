@@ -52,6 +52,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         record |= {
             "capability": f"sm_{properties.major}{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
+            "threads_a_multiprocessor": properties.max_threads_per_multi_processor,
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),

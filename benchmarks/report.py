@@ -153,6 +153,25 @@ def _spread(found: Sequence[dict[str, float]], name: str) -> str:
     return f"{min(values):.2f}x to {max(values):.2f}x, median {statistics.median(values):.2f}x" if values else ""
 
 
+def kernel_report(runs: Sequence[Run]) -> str:
+    """Return, for each device's newest run that launched CUDA kernels of ours, what each of them needs."""
+    last = {run.environment["device"]: run for run in runs if run.kernels}
+    sections = [[conditions(run), "", *kernel_table(run)] for run in last.values()]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def kernel_table(run: Run) -> list[str]:
+    """Return a row for each kernel and number of threads: per thread and block, and the SM's threads that it fills."""
+    header = ["kernel", "threads", "registers", "shared", "stack and spills", "blocks an SM", "occupancy"]
+    full = run.environment["threads_a_multiprocessor"]
+    rows = [
+        [k["kernel"], str(k["threads"]), str(k["registers"]), f"{k['shared_bytes']} B", f"{k['local_bytes']} B",
+         str(k["blocks_per_sm"]), f"{k['blocks_per_sm'] * k['threads'] / full:.0%}"]
+        for k in run.kernels
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
 def put_into(page: Path, report: str, begin: str = BEGIN, end: str = END) -> None:
     """Replace what stands between the two markers of a page.
 
@@ -171,9 +190,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that holds <device>/*.json")
     parser.add_argument("--into", type=Path, metavar="PAGE", help=f"write between {BEGIN} and {END} of this page")
-    parser.add_argument("--summary", action="store_true", help="a row for each operator and pass, over all its cases")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--summary", action="store_true", help="a row for each operator and pass, over all its cases")
+    kind.add_argument("--kernels", action="store_true", help="registers, shared memory and occupancy of CUDA kernels")
     options = parser.parse_args(arguments)
-    report = (summary if options.summary else full_report)(read_runs(options.results))
+    render = summary if options.summary else kernel_report if options.kernels else full_report
+    report = render(read_runs(options.results))
     if options.into is None:
         print(report)
     else:

@@ -13,13 +13,17 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass
 class Run:
-    """One run on one device: its environment, its ceilings, its results, and (under ``make gpu``) its parts."""
+    """One run on one device: its environment, its ceilings, its results, and what else is known.
+
+    That is on CUDA the kernels of ours that it launched (vidkern._resources.Launched), and of ``make gpu`` its parts.
+    """
 
     path: Path
     environment: dict[str, Any]
     ceilings: dict[str, Any]
     results: list[dict[str, Any]] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, result: dict[str, Any]) -> None:
         """Append a result and write the file, so that a run which is cut short keeps what it measured."""

@@ -1,5 +1,6 @@
 """Temporal attention against rearranging and calling a library, and Latte-XL's blocks against the public arithmetic."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -115,6 +116,27 @@ def temporal_problem(shape: Heads, dtype: torch.dtype, backward: bool) -> Proble
     )
 
 
+def biased_problem(shape: Heads, dtype: torch.dtype, backward: bool) -> Problem:
+    """Return temporal attention of one packed qkv with a bias (H, F, F), which has a gradient."""
+
+    def plain(qkv: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = rearrange(qkv, "b f n three h d -> three (b n) h f d")
+        return rearrange(F.scaled_dot_product_attention(q, k, v, bias), "(b n) h f d -> b f n h d", b=shape.batch)
+
+    def make_inputs(device: torch.device) -> list[Tensor]:
+        bias = torch.randn(shape.heads, shape.frames, shape.frames, device=device)
+        return [torch.randn(shape.shape, device=device).to(dtype), bias.to(dtype)]
+
+    return dataclasses.replace(
+        temporal_problem(shape, dtype, backward),
+        shape_name=f"{shape.name} bias",
+        ours=lambda qkv, bias: ops.temporal_attention(qkv, bias=bias),
+        plain=plain,
+        make_inputs=make_inputs,
+        libraries={},
+    )
+
+
 class Blocks(nn.Module):
     """One spatial and one temporal Latte block of ours."""
 
@@ -200,12 +222,13 @@ def problems() -> list[Problem]:
 
 
 def small_problems() -> list[Problem]:
-    """Return a small, ragged case of every kernel: what compute-sanitizer runs."""
-    sizes = [(5, 72), (20, 64), (40, 128)]
+    """Return a small, ragged case of every kernel, with and without a bias: what compute-sanitizer runs."""
+    sizes = [(5, 72), (20, 64), (40, 128), (7, 32), (24, 80), (3, 96)]
     return [
-        temporal_problem(Heads(f"F{frames} d{d}", 2, frames, 3, 2, d), dtype, True)
+        make(Heads(f"F{frames} d{d}", 2, frames, 3, 2, d), dtype, True)
         for frames, d in sizes
         for dtype in (torch.float32, torch.bfloat16)
+        for make in (temporal_problem, biased_problem)
     ]
 
 

@@ -103,9 +103,10 @@ def problems() -> list[Problem]:
 
 
 def small_problems() -> list[Problem]:
-    """Return a small, ragged case of every kernel: what compute-sanitizer runs."""
-    shape = Tokens("ragged", 2, 3, 7, 1160)
-    return [op.problem(shape, dtype, True) for op in OPERATORS for dtype in (torch.float32, torch.bfloat16)]
+    """Return a small, ragged case of every kernel, narrow to wide: what compute-sanitizer runs."""
+    shapes = [Tokens(f"ragged-{d}", 2, 3, 7, d) for d in (1160, 4104, 8192)]
+    dtypes = (torch.float32, torch.bfloat16)
+    return [op.problem(shape, dtype, True) for op in OPERATORS for shape in shapes for dtype in dtypes]
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])

@@ -37,6 +37,8 @@ def _environment() -> list[str]:
     versions = "  ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "flash-attn"))
     lines = [f"vidkern {vidkern.__version__}  python {platform.python_version()}  {versions}", *_devices()]
     lines += [reason or f"_C_{name}.so is loaded" for name, reason in _extension.missing.items()]
+    if _extension.missing["cuda"] is None:
+        lines.append(_resources.launched()[1] or "_C_info is loaded")
     forced = _dispatch.forced_backend()
     lines.append(f"backend: {forced} is forced by VIDKERN_BACKEND" if forced else "backend: automatic")
     return lines

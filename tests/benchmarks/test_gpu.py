@@ -1,6 +1,7 @@
 """`make gpu` without a GPU: its parts, that it goes on past one that fails, its record, and what it says here."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_the_parts_are_added_to_the_run_that_the_benchmarks_wrote(tmp_path):
 
 def test_a_record_is_written_even_when_no_benchmark_ran(tmp_path):
     run = write_record(tmp_path / "run.json", CPU, [])
-    assert set(json.loads(run.path.read_text())) == {"environment", "ceilings", "results", "parts"}
+    assert set(json.loads(run.path.read_text())) == {"environment", "ceilings", "results", "parts", "kernels"}
     assert "written to" in summary(run)
 
 
@@ -107,6 +108,20 @@ def test_a_suite_narrows_every_part(tmp_path, monkeypatch):
     assert parts["memcheck"].command[-1] == "--suite=modulation"
     assert parts["memcheck"].command[:3] == ["/cuda/bin/compute-sanitizer", "--tool", "memcheck"]
     assert sum(part.limit_seconds for part in parts.values() if part.name != "benchmarks") < gpu.TOTAL_SECONDS
+
+
+def test_the_sanitizers_find_goes_into_the_record_and_the_next_part_runs(tmp_path, monkeypatch):
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/sh\necho "$@"\necho "========= ERROR SUMMARY: 1 error"\n[ $2 = racecheck ]\n')
+    sanitizer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    parts = [gpu.sanitizer_part(tool, ["modulation"]) for tool in ("memcheck", "racecheck")]
+    memcheck, racecheck = run_parts(parts, tmp_path, 60)
+    assert (memcheck["status"], racecheck["status"]) == ("failed", "passed")
+    told, last = memcheck["tail"]
+    assert told.startswith("--tool memcheck --error-exitcode 1 --kernel-regex kns=vidkern ")
+    assert told.endswith("-m benchmarks.sanitize --suite=modulation")
+    assert last == "========= ERROR SUMMARY: 1 error"
 
 
 def test_a_missing_sanitizer_is_said(tmp_path, monkeypatch):

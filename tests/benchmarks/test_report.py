@@ -126,3 +126,15 @@ def test_the_summary_gives_the_spread_over_the_cases_and_leaves_out_tiny_calls()
         ["forward+backward", "2", "1.50x to 4.00x, median 2.75x"],
         ["forward", "1", "4.00x to 4.00x, median 4.00x"],
     ]
+
+
+def test_the_kernels_of_the_newest_run_are_told_with_their_occupancy(tmp_path, capsys):
+    kernel = {"kernel": "backward<float, 72>", "threads": 160, "registers": 96, "shared_bytes": 512, "local_bytes": 8}
+    described = environment_of(threads_a_multiprocessor=2048)
+    for date, blocks in (("01", 1), ("02", 4), ("03", None)):
+        kernels = [kernel | {"blocks_per_sm": blocks}] if blocks else []
+        Run(tmp_path / "d" / f"{date}.json", described, CEILINGS, kernels=kernels).write()
+    assert report.main(["--results", str(tmp_path), "--kernels"]) == 0
+    *_, row = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["backward<float, 72>", "160", "96", "512 B", "8 B", "4", "31%"]
