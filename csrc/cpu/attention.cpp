@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t kRunLength = 16;             // tokens: as many are added one after another in the bias's gradient
 constexpr int64_t kQueryRows = 32;             // queries whose scores are held at a time
-constexpr int64_t kGroupBytes = 131072;        // of the matrices of the heads that are copied at a time
+constexpr int64_t kGroupBytes = 524288;        // of the matrices of the heads that are copied at a time
+constexpr int64_t kLineBytes = 64;             // of a cache
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 
 struct Sizes {
@@ -55,7 +56,7 @@ struct Plan {
   }
 
   int64_t count() const { return sizes.f == 0 ? 0 : groups * runs; }
-  int64_t matrix() const { return padded(sizes.f) * sizes.d; }  // elements
+  int64_t matrix() const { return padded(sizes.f) * sizes.d + kLanes; }  // elements; apart from powers of two
 
   Task operator[](int64_t index) const {
     const int64_t run = index % runs, head = index / runs * group;
@@ -95,31 +96,51 @@ VIDKERN_INLINE Vec rotate_backward(Vec grad, Rope rope, int64_t i) {
 
 // --- between tensors and matrices: every head's (F, d) in float32, with zeros in the rows of padding ---
 
-template <typename T>
-VIDKERN_INLINE void gather(const Heads& from, const Plan& plan, const Task& task, int64_t token, Rope rope, float* to) {
-  const auto [batch, frames, tokens, all_heads, d] = plan.sizes;
-  const int64_t b = token / tokens, n = token % tokens;
-  for (int64_t f = 0; f < frames; ++f)
-    for (int64_t h = 0; h < task.heads; ++h) {
-      const T* in = from.at<const T>(b, f, n, task.first_head + h);
-      float* out = to + h * plan.matrix() + f * d;
-      for (int64_t i = 0; i < d; i += kLanes) store(out + i, rotate(load(in + i), rope, f * d + i));
-    }
-  for (int64_t h = 0; h < task.heads; ++h)
-    std::fill(to + h * plan.matrix() + frames * d, to + (h + 1) * plan.matrix(), 0.0f);
-}
+// Heads of a token in a tensor, and their matrices. With a rope, they are rotated on the way in, their gradients back
+// on the way out.
+struct Operand {
+  Heads tensor;
+  float* matrices;
+  Rope rope;
+};
 
 template <typename T>
-VIDKERN_INLINE void scatter(
-    const float* from, const Plan& plan, const Task& task, int64_t token, Rope rope, float scale, const Heads& to) {
+VIDKERN_INLINE void prefetch(const T* row, int64_t d) {  // into the second level
+  for (int64_t i = 0; i < d; i += kLineBytes / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+}
+
+// The operands lie beside each other in a packed tensor, so all are read frame by frame; the next frame, which lies
+// megabytes away, is on its way meanwhile.
+template <typename T, size_t kCount>
+VIDKERN_INLINE void gather(const Operand (&operands)[kCount], const Plan& plan, const Task& task, int64_t token) {
   const auto [batch, frames, tokens, all_heads, d] = plan.sizes;
   const int64_t b = token / tokens, n = token % tokens;
   for (int64_t f = 0; f < frames; ++f)
+    for (const Operand& x : operands)
+      for (int64_t h = 0; h < task.heads; ++h) {
+        const T* in = x.tensor.at<const T>(b, f, n, task.first_head + h);
+        float* out = x.matrices + h * plan.matrix() + f * d;
+        prefetch(in + (f + 1 < frames ? x.tensor.stride_f : x.tensor.stride_n - f * x.tensor.stride_f), d);
+        for (int64_t i = 0; i < d; i += kLanes) store(out + i, rotate(load(in + i), x.rope, f * d + i));
+      }
+  for (const Operand& x : operands)
     for (int64_t h = 0; h < task.heads; ++h) {
-      const float* in = from + h * plan.matrix() + f * d;
-      T* out = to.at<T>(b, f, n, task.first_head + h);
-      for (int64_t i = 0; i < d; i += kLanes) store(out + i, rotate_backward(load(in + i) * scale, rope, f * d + i));
+      float* matrix = x.matrices + h * plan.matrix();
+      std::fill(matrix + frames * d, matrix + padded(frames) * d, 0.0f);
     }
+}
+
+template <typename T, size_t kCount>
+VIDKERN_INLINE void scatter(const Operand (&operands)[kCount], const Plan& plan, const Task& task, int64_t token) {
+  const auto [batch, frames, tokens, all_heads, d] = plan.sizes;
+  const int64_t b = token / tokens, n = token % tokens;
+  for (int64_t f = 0; f < frames; ++f)
+    for (const Operand& x : operands)
+      for (int64_t h = 0; h < task.heads; ++h) {
+        const float* in = x.matrices + h * plan.matrix() + f * d;
+        T* out = x.tensor.at<T>(b, f, n, task.first_head + h);
+        for (int64_t i = 0; i < d; i += kLanes) store(out + i, rotate_backward(load(in + i), x.rope, f * d + i));
+      }
 }
 
 // Rows of any length in float32, each at a multiple of kLanes.
@@ -232,6 +253,7 @@ VIDKERN_CLONES void backward_head(
         float* sums = dbias + first * width + i;
         store(sums, load(ds.data + i) + (add ? load(sums) : Vec{}));
       }
+    for (int64_t i = 0; i < rows * width; i += kLanes) store(ds.data + i, load(ds.data + i) * a.scale);
     multiply({ds.data, 1, width}, queries, {dk, a.d}, width, rows, a.d, first > 0);
     multiply({p.data, 1, width}, grads, {v, a.d}, width, rows, a.d, first > 0);
     multiply({ds.data, width, 1}, {k, a.d}, queries, rows, a.frames, a.d, false);
@@ -257,15 +279,13 @@ VIDKERN_INLINE void forward_tasks(const Forward& a, int64_t begin, int64_t end) 
     const Task task = a.plan[index];
     tables.load_bias(task);
     for (int64_t token = task.first_token; token < task.last_token; ++token) {
-      gather<T>(a.q, a.plan, task, token, tables.rope(), q);
-      gather<T>(a.k, a.plan, task, token, tables.rope(), k);
-      gather<T>(a.v, a.plan, task, token, {}, v);
+      gather<T>({{a.q, q, tables.rope()}, {a.k, k, tables.rope()}, {a.v, v, {}}}, a.plan, task, token);
       for (int64_t h = 0; h < task.heads; ++h) {
         const int64_t at = h * a.plan.matrix();
         const Problem problem{frames, d, tables.bias(h), a.options.scale, a.options.causal};
         forward_head(problem, q + at, k + at, v + at, work.row(0));
       }
-      scatter<T>(q, a.plan, task, token, {}, 1.0f, a.o);
+      scatter<T>({{a.o, q, {}}}, a.plan, task, token);
     }
   }
 }
@@ -287,7 +307,7 @@ struct Backward {
   Dtype dtype;
   Options options;
   Heads grad, q, k, v, dq, dk, dv;
-  float* dbias;  // (runs, H, F, padded F), null where it is not wanted
+  float* dbias;  // (runs, H, F, padded F), null where it is not asked for
 };
 
 template <typename T>
@@ -302,10 +322,8 @@ VIDKERN_INLINE void backward_tasks(const Backward& a, int64_t begin, int64_t end
     const Task task = a.plan[index];
     tables.load_bias(task);
     for (int64_t token = task.first_token; token < task.last_token; ++token) {
-      gather<T>(a.q, a.plan, task, token, tables.rope(), q);
-      gather<T>(a.k, a.plan, task, token, tables.rope(), k);
-      gather<T>(a.v, a.plan, task, token, {}, v);
-      gather<T>(a.grad, a.plan, task, token, {}, grad);
+      gather<T>({{a.q, q, tables.rope()}, {a.k, k, tables.rope()}, {a.v, v, {}}, {a.grad, grad, {}}}, a.plan, task,
+                token);
       for (int64_t h = 0; h < task.heads; ++h) {
         const int64_t at = h * a.plan.matrix();
         const Problem problem{frames, d, tables.bias(h), a.options.scale, a.options.causal};
@@ -313,9 +331,7 @@ VIDKERN_INLINE void backward_tasks(const Backward& a, int64_t begin, int64_t end
         backward_head(problem, q + at, k + at, v + at, grad + at, dk + at, dbias, token > task.first_token,
                       work.row(0));
       }
-      scatter<T>(q, a.plan, task, token, tables.rope(), a.options.scale, a.dq);
-      scatter<T>(dk, a.plan, task, token, tables.rope(), a.options.scale, a.dk);
-      scatter<T>(v, a.plan, task, token, {}, 1.0f, a.dv);
+      scatter<T>({{a.dq, q, tables.rope()}, {a.dk, dk, tables.rope()}, {a.dv, v, {}}}, a.plan, task, token);
     }
   }
 }
@@ -342,7 +358,8 @@ Tensor sum_runs(const Tensor& partial, const Sizes& s) {  // (runs, H, F, padded
   const float* rows = partial.const_data_ptr<float>();
   float* out = sums.mutable_data_ptr<float>();
   const int64_t runs = partial.size(0), width = padded(s.f), stride = s.h * s.f * width;
-  torch::stable::parallel_for(0, s.h * s.f, kElementsPerThread / (runs * width + 1) + 1, [=](int64_t begin, int64_t end) {
+  const int64_t rows_per_thread = kElementsPerThread / (runs * width + 1) + 1;
+  torch::stable::parallel_for(0, s.h * s.f, rows_per_thread, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) add_runs(rows + row * width, runs, stride, s.f, out + row * s.f);
   });
   return sums;
@@ -395,7 +412,7 @@ Tensor temporal_attention_packed(const Tensor& qkv, MaybeTensor bias, MaybeTenso
   return o;
 }
 
-// Runs the backward pass and returns dbias, empty where it is not wanted.
+// Runs the backward pass and returns dbias, empty where it is not asked for.
 Tensor backward(Backward a, const Tensor& beside, bool bias_grad) {
   const Sizes& s = a.plan.sizes;
   if (!bias_grad) {

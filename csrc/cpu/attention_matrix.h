@@ -96,10 +96,13 @@ VIDKERN_INLINE void transpose(Rows in, Rows out, int64_t rows, int64_t columns) 
       transpose_8x8(in.data + i * in.stride + j, in.stride, out.data + j * out.stride + i, out.stride);
 }
 
+VIDKERN_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
 VIDKERN_INLINE float maximum(Vec v) {
-  float most = v[0];
-  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-  return most;
+  v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+  v = larger(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+  return v[0];
 }
 
 // e^x for x <= 0, within 1 ulp; 0 below -87, where results would be subnormal; NaN stays. x = n ln 2 + r, |r| <=
@@ -138,7 +141,7 @@ VIDKERN_INLINE void softmax_row(float* row, const float* bias, float scale, Visi
     Vec score = load(row + j) * scale;
     if (bias != nullptr) score += load(bias + j);
     score = visible.select(score, j, kNothing);
-    most = score > most ? score : most;
+    most = larger(score, most);
     store(row + j, score);
   }
   const float highest = maximum(most), shift = highest == kNothing ? 0.0f : highest;
