@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.emulator import build
+from tests.ops.common import Deviation, deviation
 from tests.ops.test_modulation import OPERATORS as PUBLIC_OPERATORS
 from vidkern import _extension
 from vidkern.ops.modulation import reference, triton_kernels
@@ -148,6 +149,15 @@ class Case(NamedTuple):
         torch.manual_seed(0)
         made = make_inputs(name, self.shape, device, self.dtype)
         return made | {key: getattr(self, key)(made[key].float()).to(self.dtype) for key in token_inputs(name)}
+
+
+def deviations(kernels: Kernels, name: str, case: Case) -> dict[str, Deviation]:
+    """Return how far every output and gradient of a case is from float64."""
+    inputs = case.inputs(name, kernels.device)
+    upstream = make_upstream(name, inputs)
+    ours = run(kernels.find, name, inputs, upstream)
+    plain, exact = plain_results(name, inputs, upstream), exact_results(name, inputs, upstream)
+    return {key: deviation(ours[key], plain[key], exact[key]) for key in ours if key not in ("mean", "rstd")}
 
 
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
