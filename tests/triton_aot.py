@@ -40,9 +40,9 @@ def report(module: str, function: str) -> list[dict[str, Any]]:
 
 
 def resident_warps(target: int, registers: int, shared_bytes: int, warps: int) -> int:
-    """Return how many warps of a kernel a multiprocessor holds at once; registers are handed out in eights a thread."""
+    """Return how many warps a multiprocessor holds; each of its quarters gives out registers in eights a thread."""
     gpu = TARGETS[target]
-    by_registers = gpu.registers // (-(-registers // 8) * 8 * 32) // warps
+    by_registers = 4 * (gpu.registers // 4 // (-(-registers // 8) * 8 * 32)) // warps
     by_shared = gpu.shared_bytes // (shared_bytes + gpu.shared_bytes_a_block)
     return warps * min(by_registers, by_shared, gpu.blocks, gpu.warps // warps)
 
