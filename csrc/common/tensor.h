@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -60,7 +61,11 @@ inline Tensor empty_beside(const Tensor& other, std::initializer_list<int64_t> s
   AtenTensorHandle made = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(size.size()), size.begin(), strides, dtype_code, device_type, device_index, &made));
-  return Tensor(made);
+  const Tensor tensor(made);
+#ifdef VIDKERN_EMULATOR  // NaN in every dtype, where a kernel leaves an element unwritten
+  if (tensor.numel() > 0) std::memset(tensor.data_ptr(), 0xff, tensor.numel() * tensor.element_size());
+#endif
+  return tensor;
 }
 
 inline Tensor empty_tokens(const Tensor& tokens) {
