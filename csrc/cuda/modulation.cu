@@ -14,7 +14,8 @@ namespace {
 
 enum class Norm { none, layer, rms };
 
-// A member of the family: with or without a residual before the norm.
+// A member of the family: with or without a residual before the norm. nvcc's host code cannot name a kernel that has it
+// as a template parameter, so kernels take its parts.
 struct Kind {
   bool residual;
   Norm norm;
@@ -83,7 +84,7 @@ struct Forward {
 
 // The mean is taken twice: `slip` is what rounding left over, and matters where |mean| is far above the deviation.
 // The norm is taken of z before it is rounded to T.
-template <Kind kind, typename T, typename C>
+template <bool kResidual, Norm kNorm, typename T, typename C>
 __global__ void __maxnreg__(C::kRegisters) forward_kernel(const Forward a) {
   constexpr int kTokens = C::kTokens, kPacks = C::kPacks;
   __shared__ Shared<float, C::kMaxWarps * kTokens * 2> scratch[2];
@@ -93,8 +94,8 @@ __global__ void __maxnreg__(C::kRegisters) forward_kernel(const Forward a) {
   RunRows<T> x_rows(a.x, run), y_rows(a.y, run), z_rows(a.z, run), h_rows(a.h, run);
   const int64_t first = first_token(a.runs.shape, run);
   float gate[kPacks][kPack], gain[kPacks][kPack], shift[kPacks][kPack];
-  if constexpr (kind.residual) load_vector(a.gate, run, d, gate);
-  if constexpr (kind.norm != Norm::none) {
+  if constexpr (kResidual) load_vector(a.gate, run, d, gate);
+  if constexpr (kNorm != Norm::none) {
     load_gain(a.scale, run, d, gain);
     load_vector(a.shift, run, d, shift);
   }
@@ -105,9 +106,9 @@ __global__ void __maxnreg__(C::kRegisters) forward_kernel(const Forward a) {
     float z[kTokens][kPacks][kPack];
     Pack<T> x_packs[kTokens][kPacks], y_packs[kTokens][kPacks];
     x_rows.load(tokens - n, d, x_packs);
-    if constexpr (kind.residual) y_rows.load(tokens - n, d, y_packs);
+    if constexpr (kResidual) y_rows.load(tokens - n, d, y_packs);
     widen(x_packs, z);
-    if constexpr (kind.residual) {
+    if constexpr (kResidual) {
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         float y[kPacks][kPack];
@@ -116,10 +117,10 @@ __global__ void __maxnreg__(C::kRegisters) forward_kernel(const Forward a) {
         if (n + t < tokens) store_row(z_rows.at(t), d, z[t]);
       }
     }
-    if constexpr (kind.norm == Norm::none) continue;
+    if constexpr (kNorm == Norm::none) continue;
 
     float mean[kTokens] = {}, variance[kTokens];
-    if constexpr (kind.norm == Norm::layer) {
+    if constexpr (kNorm == Norm::layer) {
       float moments[2 * kTokens];
 #pragma unroll
       for (int t = 0; t < kTokens; ++t)
@@ -162,7 +163,7 @@ __global__ void __maxnreg__(C::kRegisters) forward_kernel(const Forward a) {
       for_each_element<kPacks>([&](int p, int i) { z[t][p][i] = z[t][p][i] * rstd * gain[p][i] + shift[p][i]; });
       store_row(h_rows.at(t), d, z[t]);
       if (threadIdx.x == 0) {
-        if constexpr (kind.norm == Norm::layer) a.mean[first + n + t] = mean[t];
+        if constexpr (kNorm == Norm::layer) a.mean[first + n + t] = mean[t];
         a.rstd[first + n + t] = rstd;
       }
     }
@@ -179,10 +180,10 @@ struct Backward {
 };
 
 // The gradient of z is the sum of dz and of what comes through the norm.
-template <Kind kind, typename T, typename C>
+template <bool kResidual, Norm kNorm, typename T, typename C>
 __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
   constexpr int kTokens = C::kTokens, kPacks = C::kPacks;
-  constexpr bool kHold = !kind.residual || kPacks < 4;  // four packs of four tensors do not fit: they are read twice
+  constexpr bool kHold = !kResidual || kPacks < 4;  // four packs of four tensors do not fit: they are read twice
   __shared__ Shared<float, C::kMaxWarps * kTokens * 2> scratch[2];
   const Run run = a.runs[blockIdx.x];
   const int d = static_cast<int>(a.runs.shape.d), tokens = static_cast<int>(run.last - run.first);
@@ -193,8 +194,8 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
   const int64_t first = first_token(a.runs.shape, run);
   float gate[kPacks][kPack], gain[kPacks][kPack];
   float dgate[kPacks][kPack] = {}, dshift[kPacks][kPack] = {}, dscale[kPacks][kPack] = {};
-  if constexpr (kind.residual) load_vector(a.gate, run, d, gate);
-  if constexpr (kind.norm != Norm::none) load_gain(a.scale, run, d, gain);
+  if constexpr (kResidual) load_vector(a.gate, run, d, gate);
+  if constexpr (kNorm != Norm::none) load_gain(a.scale, run, d, gain);
 
   int turn = 0;
 #pragma unroll 1
@@ -202,11 +203,11 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
     Pack<T> dh_packs[kTokens][kPacks], dz_packs[kTokens][kPacks], x_packs[kTokens][kPacks], y_packs[kTokens][kPacks];
     float mean[kTokens] = {}, rstd[kTokens] = {}, grad[kTokens] = {}, along[kTokens] = {};
     if constexpr (kHold) {
-      if constexpr (kind.norm != Norm::none) {
+      if constexpr (kNorm != Norm::none) {
         dh_rows.load(tokens - n, d, dh_packs);
         x_rows.load(tokens - n, d, x_packs);
       }
-      if constexpr (kind.residual) {
+      if constexpr (kResidual) {
         y_rows.load(tokens - n, d, y_packs);
         if (has_dz) dz_rows.load(tokens - n, d, dz_packs);
       }
@@ -221,7 +222,7 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
     const auto unpack = [&](int t, int p, float (&dh)[kPack], float (&normed)[kPack]) {
       dh_packs[t][p].widen(dh);
       x_packs[t][p].widen(normed);
-      if constexpr (kind.residual) {
+      if constexpr (kResidual) {
         float y[kPack];
         y_packs[t][p].widen(y);
         for_each([&](int i) { normed[i] += gate[p][i] * y[i]; });
@@ -229,12 +230,12 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
       for_each([&](int i) { normed[i] = (normed[i] - mean[t]) * rstd[t]; });
     };
 
-    if constexpr (kind.norm != Norm::none) {
-      constexpr int kSums = kind.norm == Norm::layer ? 2 : 1;
+    if constexpr (kNorm != Norm::none) {
+      constexpr int kSums = kNorm == Norm::layer ? 2 : 1;
       float sums[kTokens * kSums];
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        if constexpr (kind.norm == Norm::layer) mean[t] = n + t < tokens ? a.mean[first + n + t] : 0.0f;
+        if constexpr (kNorm == Norm::layer) mean[t] = n + t < tokens ? a.mean[first + n + t] : 0.0f;
         rstd[t] = n + t < tokens ? a.rstd[first + n + t] : 0.0f;
       }
 #pragma unroll
@@ -247,19 +248,19 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
           for_each([&](int i) {
             dshift[p][i] += dh[i];
             dscale[p][i] += dh[i] * normed[i];
-            if constexpr (kind.norm == Norm::layer) grad[t] += dh[i] * gain[p][i];
+            if constexpr (kNorm == Norm::layer) grad[t] += dh[i] * gain[p][i];
             along[t] += dh[i] * gain[p][i] * normed[i];
           });
         }
         sums[t * kSums] = along[t];
-        if constexpr (kind.norm == Norm::layer) sums[t * kSums + 1] = grad[t];
+        if constexpr (kNorm == Norm::layer) sums[t * kSums + 1] = grad[t];
       }
       block_sum(sums, scratch[turn]);
       turn ^= 1;
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         along[t] = sums[t * kSums] * inverse_d;
-        if constexpr (kind.norm == Norm::layer) grad[t] = sums[t * kSums + 1] * inverse_d;
+        if constexpr (kNorm == Norm::layer) grad[t] = sums[t * kSums + 1] * inverse_d;
       }
     }
 #pragma unroll
@@ -271,14 +272,14 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
         load_again(t, p);
         if constexpr (!kHold)
           if (has_dz) dz_packs[t][p] = load_pack(dz_rows.at(t), dz_rows.aligned, p, d);
-        if constexpr (kind.residual) dz_packs[t][p].widen(dz);
-        if constexpr (kind.norm != Norm::none) {
+        if constexpr (kResidual) dz_packs[t][p].widen(dz);
+        if constexpr (kNorm != Norm::none) {
           float dh[kPack], normed[kPack];
           unpack(t, p, dh, normed);
           for_each([&](int i) { dz[i] += rstd[t] * (dh[i] * gain[p][i] - grad[t] - normed[i] * along[t]); });
           store_pack(dx_rows.at(t), p, d, dz);
         }
-        if constexpr (kind.residual) {
+        if constexpr (kResidual) {
           float y[kPack];
           y_packs[t][p].widen(y);
           for_each([&](int i) {
@@ -291,8 +292,8 @@ __global__ void __maxnreg__(C::kRegisters) backward_kernel(const Backward a) {
     }
   }
   const int64_t row = blockIdx.x * static_cast<int64_t>(d);
-  if constexpr (kind.residual) store_row(a.dgate + row, d, dgate);
-  if constexpr (kind.norm != Norm::none) {
+  if constexpr (kResidual) store_row(a.dgate + row, d, dgate);
+  if constexpr (kNorm != Norm::none) {
     store_row(a.dshift + row, d, dshift);
     store_row(a.dscale + row, d, dscale);
   }
@@ -412,7 +413,7 @@ void forward(const Tensor& on, const Forward& a) {
     using T = decltype(element);
     with_config(forward_configs<kind, T>(), a.runs.shape.d, [&](auto config) {
       using C = decltype(config);
-      launch(on, forward_kernel<kind, T, C>, a.runs.count(), C::threads(a.runs.shape.d), a);
+      launch(on, forward_kernel<kind.residual, kind.norm, T, C>, a.runs.count(), C::threads(a.runs.shape.d), a);
     });
   });
 }
@@ -423,7 +424,7 @@ void backward(const Tensor& on, const Backward& a) {
     using T = decltype(element);
     with_config(backward_configs<kind, T>(), a.runs.shape.d, [&](auto config) {
       using C = decltype(config);
-      launch(on, backward_kernel<kind, T, C>, a.runs.count(), C::threads(a.runs.shape.d), a);
+      launch(on, backward_kernel<kind.residual, kind.norm, T, C>, a.runs.count(), C::threads(a.runs.shape.d), a);
     });
   });
 }
