@@ -147,7 +147,7 @@ TARGETS = {
 def kernels_of(source: Path, target: str) -> list[Kernel]:
     import torch
 
-    command = f"nvcc -std=c++20 -O3 -cubin -arch={target} -Xptxas -v -DUSE_CUDA"
+    command = f"nvcc -std=c++20 -O3 -c -arch={target} -Xptxas -v -DUSE_CUDA"
     command += f" -DTORCH_TARGET_VERSION=0x020b000000000000 -I{ROOT / 'csrc'}"
     command += f" -isystem {Path(torch.__file__).parent / 'include'}"
     with tempfile.TemporaryDirectory() as folder:
