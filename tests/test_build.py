@@ -204,7 +204,7 @@ class ModulationKernel(NamedTuple):
 
 
 def modulation_kernels(target: str) -> list[ModulationKernel]:
-    pattern = r"(forward|backward)_kernelI.*KindELb([01])\w*NormE([012])EEE(f|6__half|13__nv_bfloat16)\w*ConfigI"
+    pattern = r"(forward|backward)_kernelILb([01])\w*NormE([012])E(f|6__half|13__nv_bfloat16)\w*ConfigI"
     pattern += r"Li(\d+)ELi(\d+)ELi\d+ELi(\d+)E"
     found = []
     for kernel in kernels_of(ROOT / "csrc" / "cuda" / "modulation.cu", target):
