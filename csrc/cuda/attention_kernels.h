@@ -10,6 +10,9 @@ namespace vidkern::cuda {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+
+// Registers a thread where this many blocks share a multiprocessor's 65536.
+constexpr int registers_of(int blocks) { return blocks >= 4 ? 128 : blocks == 3 ? 168 : 255; }
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // --- one problem ---
@@ -128,11 +131,31 @@ __device__ inline void accumulate(Fragment* o, const Scores& p, const Sixteen<T,
 
 // --- scores ---
 
-// From a product of q and k to the score; -inf where a query does not see a key.
-__device__ inline float score(const Problems& a, float product, int h, int query, int key) {
-  if (key >= a.f || (a.causal && key > query)) return -kInfinity;
-  const bool biased = a.bias != nullptr && query < a.f;
-  return fmaf(product, a.scale, biased ? a.bias[(static_cast<int64_t>(h) * a.f + query) * a.f + key] : 0.0f);
+// The queries and keys of 16 x 16 scores; kTransposed has keys as rows.
+template <bool kTransposed>
+struct Pairs {
+  int first_query, first_key;
+
+  __device__ int query(int half, int i) const { return first_query + (kTransposed ? column_of(half, i) : row_of(i)); }
+  __device__ int key(int half, int i) const { return first_key + (kTransposed ? row_of(i) : column_of(half, i)); }
+};
+
+// Turns products of q and k into scores; -inf where a query does not see a key.
+template <bool kTransposed>
+__device__ inline void score(const Problems& a, int h, const Pairs<kTransposed>& at, Scores& s) {
+  Scores bias = {};
+  if (a.bias != nullptr) {
+    const float* of_head = a.bias + static_cast<int64_t>(h) * a.f * a.f;
+    for_each_score([&](int half, int i) {
+      const int query = at.query(half, i), key = at.key(half, i);
+      if (query < a.f && key < a.f) bias[half][i] = of_head[query * a.f + key];
+    });
+  }
+  for_each_score([&](int half, int i) {
+    const bool seen = at.key(half, i) < a.f && !(a.causal && at.key(half, i) > at.query(half, i));
+    const float x = fmaf(s[half][i], a.scale, bias[half][i]);
+    s[half][i] = seen ? x : -kInfinity;
+  });
 }
 
 // The sums over keys of a lane's two rows of queries.
@@ -164,7 +187,8 @@ struct Running {
 // --- forward: a warp takes 16 queries ---
 
 template <typename T, int D>
-__global__ void __maxnreg__(255) temporal_attention_kernel(const Forward a) {
+__global__ void __maxnreg__(registers_of(sizeof(T) == 4 ? 3 : D <= 32 ? 4 : D <= 72 ? 3 : 2))
+temporal_attention_kernel(const Forward a) {
   constexpr int kRowBytes = D * sizeof(T);
   constexpr bool kHeld = kRowBytes <= 256, kValuesAtOnce = kRowBytes <= 192;  // what fits in the registers
   const Problems& all = a.problems;
@@ -188,9 +212,7 @@ __global__ void __maxnreg__(255) temporal_attention_kernel(const Forward a) {
     Scores s = {};
     float fade[2];
     dot(s, q, k);
-    for_each_score([&](int half, int i) {
-      s[half][i] = score(all, s[half][i], at.h, first_query + row_of(i), first_key + column_of(half, i));
-    });
+    score(all, at.h, Pairs<false>{first_query, first_key}, s);
     softmax.take(s, fade);
     for_each_fragment<D / 8>([&](int w, int i) { o[w][i] *= fade[i / 2]; });
     accumulate(o, s, v);
@@ -207,22 +229,29 @@ struct Query {
   float base, inverse, delta;
 };
 
-// Turns a product of q and k into the probability, and that of grad_o and v into the score's gradient.
-__device__ inline void differentiate(const Problems& a, float& s, float& dp, const Query& of, int h, int query, int key) {
-  const bool inside = query < a.f && key < a.f;
-  const float p = expf(score(a, s, h, query, key) - of.base) * of.inverse;
-  s = inside ? p : 0.0f;
-  dp = inside ? p * (dp - of.delta) : 0.0f;
+// Turns products of q and k into probabilities, and those of grad_o and v into the scores' gradients. query(half, i)
+// is what the query left.
+template <bool kTransposed, typename F>
+__device__ inline void differentiate(
+    const Problems& a, int h, const Pairs<kTransposed>& at, Scores& s, Scores& ds, F query) {
+  score(a, h, at, s);
+  for_each_score([&](int half, int i) {
+    const Query of = query(half, i);
+    const bool inside = at.query(half, i) < a.f && at.key(half, i) < a.f;
+    const float p = expf(s[half][i] - of.base) * of.inverse, grad = p * (ds[half][i] - of.delta);
+    s[half][i] = inside ? p : 0.0f;
+    ds[half][i] = inside ? grad : 0.0f;
+  });
 }
 
 // Adds a tile of scores' gradients to a run's row of the bias's.
 __device__ inline void add_bias_grad(
-    const Backward& a, int64_t row, bool first, const Scores& ds, int first_query, int first_key) {
+    const Backward& a, int64_t row, bool first, const Pairs<false>& at, const Scores& ds) {
   if (a.grad_bias == nullptr) return;
   const int frames = a.problems.f;
   float* grad = a.grad_bias + row * frames * frames;
   for_each_score([&](int half, int i) {
-    const int query = first_query + row_of(i), key = first_key + column_of(half, i);
+    const int query = at.query(half, i), key = at.key(half, i);
     if (query >= frames || key >= frames) return;
     float& sum = grad[query * frames + key];
     sum = first ? ds[half][i] : sum + ds[half][i];
@@ -256,7 +285,8 @@ struct Run {
 
 // At most 16 frames: a warp has all of a problem in its registers.
 template <typename T, int D>
-__global__ void __maxnreg__(255) temporal_attention_backward_one_tile_kernel(const Backward a) {
+__global__ void __maxnreg__(registers_of(D <= 32 ? 4 : D <= 80 ? 3 : 2))
+temporal_attention_backward_one_tile_kernel(const Backward a) {
   const Problems& all = a.problems;
   const int64_t row = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kWarp;
   if (row >= static_cast<int64_t>(all.runs) * all.h) return;
@@ -274,7 +304,8 @@ __global__ void __maxnreg__(255) temporal_attention_backward_one_tile_kernel(con
     dot(s_t, k, q);
     dot(ds, grad_o, v);
     dot(ds_t, v, grad_o);
-    for_each_score([&](int half, int i) { p[half][i] = score(all, s[half][i], run.h, row_of(i), column_of(half, i)); });
+    for_each_score([&](int half, int i) { p[half][i] = s[half][i]; });
+    score(all, run.h, Pairs<false>{}, p);
     Running softmax;
     float fade[2], delta[2] = {};
     softmax.take(p, fade);
@@ -285,15 +316,14 @@ __global__ void __maxnreg__(255) temporal_attention_backward_one_tile_kernel(con
       const float inverse = softmax.inverse(r);
       query[r] = {softmax.base[r], inverse, row_sum(delta[r]) * inverse};
     }
-    for_each_score([&](int half, int i) {
-      differentiate(all, s[half][i], ds[half][i], query[i / 2], run.h, row_of(i), column_of(half, i));
+    differentiate(all, run.h, Pairs<false>{}, s, ds, [&](int, int i) { return query[i / 2]; });
+    differentiate(all, run.h, Pairs<true>{}, s_t, ds_t, [&](int half, int i) {
       const int holder = 4 * column_of(0, i);  // a lane that has this column's query
-      const Query of = {__shfl_sync(kAllLanes, query[half].base, holder),
-                        __shfl_sync(kAllLanes, query[half].inverse, holder),
-                        __shfl_sync(kAllLanes, query[half].delta, holder)};
-      differentiate(all, s_t[half][i], ds_t[half][i], of, run.h, column_of(half, i), row_of(i));
+      return Query{__shfl_sync(kAllLanes, query[half].base, holder),
+                   __shfl_sync(kAllLanes, query[half].inverse, holder),
+                   __shfl_sync(kAllLanes, query[half].delta, holder)};
     });
-    add_bias_grad(a, row, position == run.first, ds, 0, 0);
+    add_bias_grad(a, row, position == run.first, Pairs<false>{}, ds);
     Fragment grad_q[D / 8] = {};
     accumulate(grad_q, ds, k);
     turn_back(all, 0, grad_q);
@@ -315,7 +345,8 @@ __host__ __device__ inline int team_of(int frames) {
 
 // Any number of frames: the queries' sums and gradients first, then, with these sums, the keys' and values' gradients.
 template <typename T, int D>
-__global__ void __maxnreg__(255) temporal_attention_backward_kernel(const Backward a) {
+__global__ void __maxnreg__(registers_of(D * sizeof(T) <= 64 ? 3 : 2))
+temporal_attention_backward_kernel(const Backward a) {
   constexpr bool kHeld = D * sizeof(T) <= 160;  // what fits in the registers
   using Queries = Sixteen<T, D, kHeld, true>;  // and keys
   using Values = Sixteen<T, D, kHeld, false>;
@@ -347,9 +378,7 @@ __global__ void __maxnreg__(255) temporal_attention_backward_kernel(const Backwa
         Scores s = {}, dp = {};
         dot(s, q, k);
         dot(dp, grad_o, v);
-        for_each_score([&](int half, int i) {
-          s[half][i] = score(all, s[half][i], run.h, first_query + row_of(i), first_key + column_of(half, i));
-        });
+        score(all, run.h, Pairs<false>{first_query, first_key}, s);
         softmax.take(s, fade);
         delta[0] *= fade[0], delta[1] *= fade[1];
         for_each_score([&](int half, int i) { delta[i / 2] += s[half][i] * dp[half][i]; });
@@ -370,11 +399,9 @@ __global__ void __maxnreg__(255) temporal_attention_backward_kernel(const Backwa
         Scores s = {}, ds = {};
         dot(s, q, k);
         dot(ds, grad_o, v);
-        for_each_score([&](int half, int i) {
-          differentiate(all, s[half][i], ds[half][i], query[i / 2], run.h, first_query + row_of(i),
-                        first_key + column_of(half, i));
-        });
-        add_bias_grad(a, row, visit == 0, ds, first_query, first_key);
+        const Pairs<false> pairs = {first_query, first_key};
+        differentiate(all, run.h, pairs, s, ds, [&](int, int i) { return query[i / 2]; });
+        add_bias_grad(a, row, visit == 0, pairs, ds);
         accumulate(grad_q, ds, k);
       }
       turn_back(all, first_query, grad_q);
@@ -395,10 +422,9 @@ __global__ void __maxnreg__(255) temporal_attention_backward_kernel(const Backwa
         Scores s = {}, ds = {};  // keys x queries
         dot(s, k, q);
         dot(ds, v, grad_o);
-        for_each_score([&](int half, int i) {
-          const int query = first_query + column_of(half, i);
-          differentiate(all, s[half][i], ds[half][i], queries[first_of_team + query], run.h, query,
-                        first_key + row_of(i));
+        const Pairs<true> pairs = {first_query, first_key};
+        differentiate(all, run.h, pairs, s, ds, [&](int half, int i) -> Query {
+          return queries[first_of_team + pairs.query(half, i)];
         });
         accumulate(grad_v, s, grad_o);
         accumulate(grad_k, ds, q);
