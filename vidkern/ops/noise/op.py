@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vidkern import _library
+from vidkern._dispatch import Kernel, compiled
 from vidkern.ops import _check
 from vidkern.ops.noise import reference
 from vidkern.ops.noise.arguments import (
@@ -231,10 +232,26 @@ def _levels_like(x0: Tensor) -> Tensor:
     return x0.new_empty(x0.shape[:2], dtype=reference.wide_dtype(x0))
 
 
+def _supports(*args: Any) -> str | None:
+    """Whether the compiled kernels take a call: the public function has checked everything else."""
+    for arg in args:
+        if getattr(arg, "dtype", arg) is torch.float64:
+            return "float64 is the reference's"
+    return None
+
+
+def _kernels(name: str) -> dict[str, Kernel]:
+    """Return the kernels of every backend, each found by the operator's name."""
+    return {
+        "cpu": compiled("cpu", name, _supports),
+        "cuda": compiled("cuda", name, _supports),
+    }
+
+
 _philox_normal = _library.define(
     "philox_normal(SymInt[] shape, Tensor key, str sharing, Tensor? base_weight, SymInt sample_offset,"
     " ScalarType dtype) -> Tensor",
-    kernels={},
+    kernels=_kernels("philox_normal"),
     reference=reference.philox_normal,
     fake=lambda shape, key, sharing, base_weight, sample_offset, dtype: key.new_empty(shape, dtype=dtype),
 )
@@ -242,7 +259,7 @@ _philox_normal = _library.define(
 _add_noise = _library.define(
     "add_noise(Tensor x0, Tensor alpha, Tensor sigma, Tensor key, str? target, str sharing, Tensor? base_weight,"
     " SymInt sample_offset) -> (Tensor x_t, Tensor target)",
-    kernels={},
+    kernels=_kernels("add_noise"),
     reference=reference.add_noise,
     fake=lambda x0, alpha, sigma, key, target, *_: (
         x0.new_empty(x0.shape),
@@ -254,7 +271,7 @@ _add_noise_backward = _library.define(
     "add_noise_backward(Tensor? dx_t, Tensor? dtarget, Tensor x0, Tensor alpha, Tensor sigma, Tensor key,"
     " str? target, str sharing, Tensor? base_weight, SymInt sample_offset)"
     " -> (Tensor dx0, Tensor dalpha, Tensor dsigma)",
-    kernels={},
+    kernels=_kernels("add_noise_backward"),
     reference=reference.add_noise_backward,
     fake=lambda dx_t, dtarget, x0, *_: (x0.new_empty(x0.shape), _levels_like(x0), _levels_like(x0)),
 )
@@ -262,7 +279,7 @@ _add_noise_backward = _library.define(
 _diffusion_mse = _library.define(
     "diffusion_mse(Tensor pred, Tensor x0, Tensor alpha, Tensor sigma, Tensor key, str prediction, str sharing,"
     " Tensor? base_weight, SymInt sample_offset) -> (Tensor mse, Tensor residual)",
-    kernels={},
+    kernels=_kernels("diffusion_mse"),
     reference=reference.diffusion_mse,
     fake=lambda pred, x0, *_: (
         pred.new_empty(pred.shape[:2], dtype=reference.wide_dtype(pred, x0)),
@@ -272,7 +289,7 @@ _diffusion_mse = _library.define(
 
 _diffusion_mse_backward = _library.define(
     "diffusion_mse_backward(Tensor dmse, Tensor residual) -> Tensor",
-    kernels={},
+    kernels=_kernels("diffusion_mse_backward"),
     reference=reference.diffusion_mse_backward,
     fake=lambda dmse, residual: residual.new_empty(residual.shape),
 )

@@ -1,0 +1,114 @@
+// What the noise operators are told, on host and device: clips (B, F, C, H, W), a level per frame, how frames share noise.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "common/philox.h"
+#include "common/tensor.h"
+
+namespace vidkern {
+
+// A clip tensor; element e of a frame counts row-major over (C, H, W).
+struct Clip {
+  void* data;
+  Dtype dtype;
+  int64_t stride_b, stride_f, stride_c, stride_h, stride_w, h, w;
+  bool dense;    // a frame's elements lie one after another
+  bool aligned;  // and every frame starts at a multiple of 16 bytes
+
+  VIDKERN_HOST_DEVICE int64_t offset(int64_t b, int64_t f) const { return b * stride_b + f * stride_f; }
+
+  VIDKERN_HOST_DEVICE int64_t offset_in_frame(int64_t e) const {
+    return dense ? e : e / (h * w) * stride_c + e / w % h * stride_h + e % w * stride_w;
+  }
+};
+
+struct Levels {  // float32 (B, F), any strides
+  const float* data;
+  int64_t stride_b, stride_f;
+
+  VIDKERN_HOST_DEVICE float at(int64_t b, int64_t f) const { return data[b * stride_b + f * stride_f]; }
+};
+
+enum class Sharing { independent, shared, mixed, progressive };
+
+struct Noise {
+  const int64_t* seed_and_offset;  // where the tensors are
+  int64_t key_stride;
+  Sharing sharing;
+  Levels base_weight;  // for mixed and progressive
+  uint32_t first_sample;
+
+  VIDKERN_HOST_DEVICE philox::Key key() const {
+    return philox::Key::fold(seed_and_offset[0], seed_and_offset[key_stride]);
+  }
+
+  VIDKERN_HOST_DEVICE bool draws_base() const { return sharing == Sharing::shared || sharing == Sharing::mixed; }
+};
+
+// What a model regresses on, of clean x, noise n and the frame's levels.
+enum class Target { none, epsilon, v, flow, x0 };
+
+struct Frames {
+  int64_t b, f, elements;  // samples, frames of a sample, elements of a frame
+};
+
+inline Frames frames_of(const Tensor& clip) {
+  int64_t elements = 1;
+  for (int64_t dim = 2; dim < clip.dim(); ++dim) elements *= clip.size(dim);
+  return {clip.size(0), clip.size(1), elements};
+}
+
+inline Clip clip_of(const Tensor& t) {  // (B, F, C, H, W), any strides
+  const int64_t h = t.size(3), w = t.size(4), step = t.stride(4);
+  const bool dense = (w < 2 || step == 1) && (h < 2 || t.stride(3) == w) && (t.size(2) < 2 || t.stride(2) == h * w);
+  const auto in_16_bytes = [&](int64_t bytes) { return bytes % 16 == 0; };
+  const auto size = static_cast<int64_t>(t.element_size());
+  const bool aligned = dense && in_16_bytes(reinterpret_cast<intptr_t>(t.data_ptr())) &&
+                       (t.size(0) < 2 || in_16_bytes(t.stride(0) * size)) &&
+                       (t.size(1) < 2 || in_16_bytes(t.stride(1) * size));
+  return {t.data_ptr(), dtype_of(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3), step, h, w, dense, aligned};
+}
+
+inline Clip contiguous_clip(const Tensor& t) {  // (B, F, ...), contiguous
+  const Frames frames = frames_of(t);
+  const int64_t n = frames.elements;
+  const bool aligned = n * static_cast<int64_t>(t.element_size()) % 16 == 0;
+  return {t.data_ptr(), dtype_of(t), frames.f * n, n, n, n, 1, 1, n, true, aligned};
+}
+
+inline Levels levels_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0), t.stride(1)}; }
+
+inline Sharing sharing_of(const std::string& name) {
+  if (name == "independent") return Sharing::independent;
+  if (name == "shared") return Sharing::shared;
+  if (name == "mixed") return Sharing::mixed;
+  STD_TORCH_CHECK(name == "progressive", "no such sharing: ", name);
+  return Sharing::progressive;
+}
+
+inline Target target_of(const std::optional<std::string>& name) {
+  if (!name) return Target::none;
+  if (*name == "epsilon") return Target::epsilon;
+  if (*name == "v") return Target::v;
+  if (*name == "flow") return Target::flow;
+  STD_TORCH_CHECK(*name == "x0", "no such target: ", *name);
+  return Target::x0;
+}
+
+inline Noise noise_of(
+    const Tensor& key, const std::string& sharing, const std::optional<Tensor>& base_weight, int64_t sample_offset) {
+  return {key.const_data_ptr<int64_t>(), key.stride(0), sharing_of(sharing), base_weight ? levels_of(*base_weight) : Levels{},
+          static_cast<uint32_t>(sample_offset)};
+}
+
+inline Tensor empty_clip(const Tensor& like) {
+  return empty_beside(like, {like.size(0), like.size(1), like.size(2), like.size(3), like.size(4)}, like.scalar_type());
+}
+
+inline Tensor empty_levels(const Tensor& clip) {  // float32 (B, F)
+  return empty_beside(clip, {clip.size(0), clip.size(1)}, ScalarType::Float);
+}
+
+}  // namespace vidkern
