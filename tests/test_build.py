@@ -232,3 +232,18 @@ def test_modulation_kernels_keep_the_memory_busy(target):
             assert blocks * threads >= 384, f"too few threads: D = {channels}, {kernel}"
             under_way = blocks * channels * kernel.loaded_bytes
             assert under_way >= gpu.bytes_under_way, f"{under_way} bytes under way: D = {channels}, {kernel}"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_attention_kernels_of_16_frames_keep_the_memory_busy(dtype, target):
+    gpu, frames, warps, found = TARGETS[target], 16, 4, []
+    for kernel in kernels_of(ROOT / "csrc" / "cuda" / f"attention_{dtype}.cu", target):
+        match = re.search(r"temporal_attention(_backward_one_tile)?_kernelI\w+Li(\d+)EE", kernel.name)
+        if match is not None:
+            tensors, d = (4 if match[1] else 3), int(match[2])  # q, k, v (and do), all loaded before the first wait
+            under_way = blocks_of_an_sm(kernel, 32 * warps, gpu) * warps * tensors * frames * d * 2
+            assert under_way >= gpu.bytes_under_way, f"{under_way} bytes under way: {kernel}"
+            found.append((tensors, d))
+    assert sorted(found) == [(tensors, d) for tensors in (3, 4) for d in (32, 64, 72, 80, 96, 128)]
