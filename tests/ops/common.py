@@ -1,6 +1,7 @@
 """What the operator tests share: the float64 contract, opcheck and gradcheck, compiling without recompilation."""
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,16 +12,31 @@ from torch import Tensor
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+#: mallopt's name for the byte whose complement fills new memory, and a byte that makes huge numbers, or NaN, of it.
+M_PERTURB, HUGE = -6, 0x80
+
+
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Fill every uninitialised tensor with NaN, so that an element which a kernel leaves unwritten is seen."""
+    """Fill new tensors with NaN or huge numbers, so that an element which a kernel leaves unwritten is seen.
+
+    torch fills those that are made through its dispatcher, the C library all others on the CPU, and on a GPU they take
+    the place of NaN that was freed before.
+    """
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_PERTURB, HUGE)
+    if torch.cuda.is_available():
+        # the allocator keeps what is freed, in a pool of small blocks and one of large ones
+        freed = [torch.full((count,), torch.nan, device="cuda") for count in (2**25, *[2**17] * 16)]
+        del freed
     try:
         yield
     finally:
+        libc.mallopt(M_PERTURB, 0)
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
