@@ -16,10 +16,10 @@ from vidkern import _extension
 
 MIN_TILE = 16  # rows or channels: the least that tl.dot takes
 ONE_TILE_FRAMES = 32
+MAX_WARPS = 8
 PACK = 8  # elements: the widest load, of 16 bytes in 16 bits
 ENOUGH_PROGRAMS = 8192  # to fill any GPU, where a program takes several problems for the bias's gradient
 SUM_SLICES, SUM_WIDTH = 8, 64  # runs and elements that are added side by side
-TOKEN_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.constexpr_function
@@ -92,6 +92,12 @@ def _scaled(tiles, factor):
     return out
 
 
+@triton.constexpr_function
+def _operand(tokens, interpreted):
+    """Return the type that tl.dot takes: the interpreter's is wrong in bfloat16."""
+    return tl.float32 if interpreted else tokens.dtype.element_ty
+
+
 @triton.jit
 def _operands(tiles, OPERAND: tl.constexpr):
     out = ()
@@ -114,16 +120,17 @@ def _turn(tiles, cos, sin, first, frames, BACK: tl.constexpr, D: tl.constexpr, T
     f = _frames(first, TILE)
     out = ()
     for p in tl.static_range(len(tiles)):
-        pointers, mask = _piece(cos, f, D, frames, p, D, PACK)
+        pointers, mask = _piece(cos, f, D, frames, p, D, D & -D)
         cos_even, cos_odd = _pairs(tl.load(pointers, mask=mask, other=0.0))
-        pointers, mask = _piece(sin, f, D, frames, p, D, PACK)
+        pointers, mask = _piece(sin, f, D, frames, p, D, D & -D)
         sin_even, sin_odd = _pairs(tl.load(pointers, mask=mask, other=0.0))
         even, odd = _pairs(tiles[p].to(tl.float32))
         if BACK:
             turned = tl.join(even * cos_even + odd * sin_odd, odd * cos_odd - even * sin_even)
         else:
             turned = tl.join(even * cos_even - odd * sin_even, odd * cos_odd + even * sin_odd)
-        out = out + (tl.reshape(turned, tiles[p].shape),)
+        # zeros stay zeros, but this keeps Triton from turning in tl.dot's layout, with several times the registers
+        out = out + (tl.where(mask, tl.reshape(turned, tiles[p].shape), 0.0),)
     return out
 
 
@@ -264,9 +271,10 @@ def _forward(
     D: tl.constexpr,
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
-    OPERAND: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     UNIT: tl.constexpr,
 ):
+    OPERAND: tl.constexpr = _operand(q, INTERPRETED)
     tiles = 1 if ONE_TILE else tl.cdiv(frames, TILE)
     program = tl.program_id(0)
     first_query, h, position = program % tiles * TILE, program // tiles % heads, program // tiles // heads
@@ -329,9 +337,10 @@ def _backward_one_tile(
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
-    OPERAND: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     UNIT: tl.constexpr,
 ):
+    OPERAND: tl.constexpr = _operand(q, INTERPRETED)
     program = tl.program_id(0)
     h, first = program % heads, program // heads * run
     if bias is not None:
@@ -410,9 +419,10 @@ def _backward(
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
-    OPERAND: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     UNIT: tl.constexpr,
 ):
+    OPERAND: tl.constexpr = _operand(q, INTERPRETED)
     program = tl.program_id(0)
     h, first = program % heads, program // heads * run
     if bias is not None:
@@ -499,37 +509,41 @@ def _sum_runs(partials, totals, runs, size, SLICES: tl.constexpr, WIDTH: tl.cons
 # Launches
 
 
-def _tile(frames: int, wide: bool) -> int:
+def _tile(frames: int, wide: bool, backward: bool) -> int:
     """Return how many queries, and how many keys, a tile holds."""
     if frames <= ONE_TILE_FRAMES:
         return max(MIN_TILE, triton.next_power_of_2(frames))
-    return 32 if wide else 64
+    return 32 if wide or backward else 64
 
 
-def _warps(tile: int, d: int) -> int:
-    return max(1, tile * triton.next_power_of_2(d) // (16 * 64))
-
-
-def _operand(dtype: torch.dtype) -> Any:
-    """Return the type that tl.dot takes; the interpreter's is wrong in bfloat16."""
-    return tl.float32 if _extension.interpreting() else TOKEN_TYPES[dtype]
+def _resources(tile: int, one_tile: bool, d: int, wide: bool, plain: bool, backward: bool) -> dict[str, Any]:
+    """Return the warps that share a tile, and their registers: no spills in one tile, and many programs on a GPU."""
+    if one_tile and plain and not wide:
+        short = backward and tile == MIN_TILE and d not in (72, 80)  # it does with fewer than it would take
+        return {"num_warps": tile // MIN_TILE * (2 if backward and d > 80 else 1), "maxnreg": 168 if short else None}
+    warps = tile // MIN_TILE * (2 if wide else 1) * (2 if d > 80 else 1)
+    if backward:
+        warps = 2 * warps if tile == MIN_TILE else MAX_WARPS
+    return {"num_warps": min(MAX_WARPS, warps)}
 
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:4]]
 
 
-def _constants(x: Tensor, strides: list[int], causal: bool) -> dict[str, Any]:
-    frames, d = x.shape[1], x.shape[-1]
-    tile = _tile(frames, x.dtype == torch.float32)
+def _constants(
+    x: Tensor, strides: list[int], bias: Tensor | None, cos: Tensor | None, causal: bool, backward: bool
+) -> dict[str, Any]:
+    frames, d, wide = x.shape[1], x.shape[-1], x.dtype == torch.float32
+    tile, one_tile = _tile(frames, wide, backward), frames <= ONE_TILE_FRAMES
     return {
         "CAUSAL": causal,
         "D": d,
         "TILE": tile,
-        "OPERAND": _operand(x.dtype),
+        "INTERPRETED": _extension.interpreting(),
         "UNIT": PACK if all(stride % PACK == 0 for stride in strides) else 1,
-        "num_warps": _warps(tile, d),
-        "num_stages": 1 if frames <= ONE_TILE_FRAMES else 2,
+        "num_stages": 1 if one_tile or cos is not None else 2,  # tables on their way take too much shared memory
+        **_resources(tile, one_tile, d, wide, bias is None and cos is None, backward),
     }
 
 
@@ -551,7 +565,7 @@ def temporal_attention(
     batch, frames, tokens, heads, _ = q.shape
     o = q.new_empty(q.shape)
     strides = _strides(q, k, v)
-    constants = _constants(q, strides, causal)
+    constants = _constants(q, strides, bias, cos, causal, backward=False)
     programs = batch * tokens * heads * triton.cdiv(frames, constants["TILE"])
     if programs > 0:
         with torch.cuda.device_of(q):
@@ -588,7 +602,10 @@ def _launch_backward(
     totals = floats(heads, frames, frames) if bias_grad else floats(0)
     strides = _strides(do, *tokens_in)
     options = (_table(bias), _table(cos), _table(sin), scale, frames, tokens, heads, positions, run, *strides)
-    constants = {"PARTS": 1 if grads[0].is_contiguous() else 3, **_constants(q, strides, causal)}
+    constants = {
+        "PARTS": 1 if grads[0].is_contiguous() else 3,
+        **_constants(q, strides, bias, cos, causal, backward=True),
+    }
     with torch.cuda.device_of(q):
         if q.numel() > 0 and frames <= ONE_TILE_FRAMES:
             _backward_one_tile[(runs * heads,)](do, *tokens_in, *grads, partials, *options, **constants)
