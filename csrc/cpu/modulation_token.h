@@ -6,17 +6,10 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/modulation.h"
 #include "cpu/vec.h"
 
 namespace vidkern::cpu {
-
-enum class Norm { none, layer, rms };
-
-// A member of the family: with or without a residual before the norm.
-struct Kind {
-  bool residual;
-  Norm norm;
-};
 
 struct Statistics {
   float mean, rstd;

@@ -3,27 +3,13 @@
 // A block takes a run of one frame's tokens, a few at a time. Each thread owns the same columns of all of them, so it
 // holds its part of the frame's vectors, and of their gradients, in registers.
 #include <array>
-#include <optional>
-#include <tuple>
 
 #include "common/device.h"
 #include "common/launch.h"
+#include "common/modulation.h"
 
 namespace vidkern::cuda {
 namespace {
-
-enum class Norm { none, layer, rms };
-
-// A member of the family: with or without a residual before the norm. nvcc's host code cannot name a kernel that has it
-// as a template parameter, so kernels take its parts.
-struct Kind {
-  bool residual;
-  Norm norm;
-};
-
-constexpr Kind kLayerNormModulate{false, Norm::layer}, kRmsNormModulate{false, Norm::rms};
-constexpr Kind kGateResidual{true, Norm::none};
-constexpr Kind kGateResidualModulate{true, Norm::layer}, kGateResidualRmsModulate{true, Norm::rms};
 
 // Packs that a thread owns, tokens that a block takes at a time, registers that a thread may use, threads of a block.
 template <int kPacksPerThread, int kTokensAtOnce, int kRegistersAtMost, int kThreadsAtMost = 256>
@@ -72,15 +58,6 @@ __device__ inline void load_gain(const FrameVector& scale, const Run& run, int d
   load_vector(scale, run, d, gain);
   for_each_element<kPacks>([&](int p, int i) { gain[p][i] += 1.0f; });
 }
-
-struct Forward {
-  Runs runs;
-  Dtype dtype;
-  Tokens x = {}, y = {}, z = {}, h = {};
-  FrameVector gate = {}, shift = {}, scale = {};
-  float *mean = nullptr, *rstd = nullptr;  // (B, F, N)
-  float eps = 0.0f;
-};
 
 // The mean is taken twice: `slip` is what rounding left over, and matters where |mean| is far above the deviation.
 // The norm is taken of z before it is rounded to T.
@@ -169,15 +146,6 @@ __global__ void __maxnreg__(C::kRegisters) forward_kernel(const Forward a) {
     }
   }
 }
-
-struct Backward {
-  Runs runs;
-  Dtype dtype;
-  Tokens dh = {}, dz = {}, x = {}, y = {}, dx = {}, dy = {};  // dz has no data where nothing else reads z
-  FrameVector gate = {}, scale = {};
-  const float *mean = nullptr, *rstd = nullptr;                   // (B, F, N)
-  float *dgate = nullptr, *dshift = nullptr, *dscale = nullptr;  // (B, F, runs, D)
-};
 
 // The gradient of z is the sum of dz and of what comes through the norm.
 template <bool kResidual, Norm kNorm, typename T, typename C>
@@ -335,29 +303,6 @@ __global__ void __maxnreg__(64) sum_runs_kernel(const Sums a) {
   __stwb(reinterpret_cast<float4*>(sums + frame * a.d + i), total);
 }
 
-// One row of float32 for each run: what sum_runs adds up.
-Tensor empty_partial(const Tensor& x, const Runs& runs) {
-  return empty_beside(x, {runs.shape.b, runs.shape.f, runs.per_frame, runs.shape.d}, ScalarType::Float);
-}
-
-// Adds up the runs of each frame in their order, for all gradients of an operator in one launch.
-template <size_t kCount>
-std::array<Tensor, kCount> sum_runs(const std::array<Tensor, kCount>& partial) {
-  static_assert(kCount <= kMaxSums);
-  const Tensor& like = partial[0];
-  const int64_t b = like.size(0), f = like.size(1), runs = like.size(2), d = like.size(3);
-  const int chunks = static_cast<int>((d / kSumColumns + kSumThreads - 1) / kSumThreads);
-  Sums sums{{}, {}, static_cast<int>(kCount), chunks, runs, d};
-  std::array<Tensor, kCount> totals = partial;
-  for (size_t k = 0; k < kCount; ++k) {
-    totals[k] = empty_beside(like, {b, f, d}, ScalarType::Float);
-    sums.partial[k] = partial[k].template const_data_ptr<float>();
-    sums.total[k] = totals[k].template mutable_data_ptr<float>();
-  }
-  launch(like, sum_runs_kernel, b * f * chunks * static_cast<int64_t>(kCount), kSumThreads, sums);
-  return totals;
-}
-
 // Calls f(T{}) with the element type of the tensors.
 template <typename F>
 void with_type(Dtype dtype, F f) {
@@ -407,178 +352,62 @@ constexpr auto backward_configs() {
   }
 }
 
-template <Kind kind>
-void forward(const Tensor& on, const Forward& a) {
-  with_type(a.dtype, [&](auto element) {
-    using T = decltype(element);
-    with_config(forward_configs<kind, T>(), a.runs.shape.d, [&](auto config) {
-      using C = decltype(config);
-      launch(on, forward_kernel<kind.residual, kind.norm, T, C>, a.runs.count(), C::threads(a.runs.shape.d), a);
+struct Cuda {
+  // Short runs fill the GPU to the end: 1000 blocks are two to three rounds of those that an A100 holds. Long runs
+  // write fewer partial rows: 4 D bytes a gradient, written and read again, beside 3 to 6 D e bytes for each token of
+  // the run; in 16 bits 6 to 8% more at 32 tokens, 25 to 33% at 8.
+  static Runs runs_of(const Tensor& tokens) {
+    constexpr int64_t kShortest = 8, kLongest = 32, kBlocks = 1000;
+    const Shape shape = shape_of(tokens);
+    int64_t length = kLongest;
+    while (length > kShortest && Runs(shape, length).count() < kBlocks) length /= 2;
+    return Runs(shape, length);
+  }
+
+  template <Kind kind>
+  static void forward(const Tensor& on, const Forward& a) {
+    with_type(a.dtype, [&](auto element) {
+      using T = decltype(element);
+      with_config(forward_configs<kind, T>(), a.runs.shape.d, [&](auto config) {
+        using C = decltype(config);
+        launch(on, forward_kernel<kind.residual, kind.norm, T, C>, a.runs.count(), C::threads(a.runs.shape.d), a);
+      });
     });
-  });
-}
+  }
 
-template <Kind kind>
-void backward(const Tensor& on, const Backward& a) {
-  with_type(a.dtype, [&](auto element) {
-    using T = decltype(element);
-    with_config(backward_configs<kind, T>(), a.runs.shape.d, [&](auto config) {
-      using C = decltype(config);
-      launch(on, backward_kernel<kind.residual, kind.norm, T, C>, a.runs.count(), C::threads(a.runs.shape.d), a);
+  template <Kind kind>
+  static void backward(const Tensor& on, const Backward& a) {
+    with_type(a.dtype, [&](auto element) {
+      using T = decltype(element);
+      with_config(backward_configs<kind, T>(), a.runs.shape.d, [&](auto config) {
+        using C = decltype(config);
+        launch(on, backward_kernel<kind.residual, kind.norm, T, C>, a.runs.count(), C::threads(a.runs.shape.d), a);
+      });
     });
-  });
-}
+  }
 
-// Short runs fill the GPU to the end: 1000 blocks are two to three rounds of those that an A100 holds. Long runs write
-// fewer partial rows: 4 D bytes a gradient, written and read again, beside 3 to 6 D e bytes for each token of the run;
-// in 16 bits 6 to 8% more at 32 tokens, 25 to 33% at 8.
-Runs runs_of(const Tensor& tokens) {
-  constexpr int64_t kShortest = 8, kLongest = 32, kBlocks = 1000;
-  const Shape shape = shape_of(tokens);
-  int64_t length = kLongest;
-  while (length > kShortest && Runs(shape, length).count() < kBlocks) length /= 2;
-  return Runs(shape, length);
-}
-
-float* floats(const Tensor& tensor) { return tensor.mutable_data_ptr<float>(); }
-const float* const_floats(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate(
-    const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
-  const Tensor y = empty_tokens(x), mean = empty_statistics(x), rstd = empty_statistics(x);
-  forward<kLayerNormModulate>(x, {.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .h = tokens_of(y),
-                               .shift = vector_of(shift), .scale = vector_of(scale),
-                               .mean = floats(mean), .rstd = floats(rstd), .eps = float(eps)});
-  return {y, mean, rstd};
-}
-
-std::tuple<Tensor, Tensor> rms_norm_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
-  const Tensor y = empty_tokens(x), rstd = empty_statistics(x);
-  forward<kRmsNormModulate>(x, {.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .h = tokens_of(y),
-                             .shift = vector_of(shift), .scale = vector_of(scale),
-                             .rstd = floats(rstd), .eps = float(eps)});
-  return {y, rstd};
-}
-
-Tensor gate_residual(const Tensor& x, const Tensor& y, const Tensor& gate) {
-  const Tensor z = empty_tokens(x);
-  forward<kGateResidual>(x, {.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .y = tokens_of(y),
-                          .z = tokens_of(z), .gate = vector_of(gate)});
-  return z;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_modulate(
-    const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift, const Tensor& scale, double eps) {
-  const Tensor z = empty_tokens(x), h = empty_tokens(x), mean = empty_statistics(x), rstd = empty_statistics(x);
-  forward<kGateResidualModulate>(x, {.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .y = tokens_of(y),
-                                  .z = tokens_of(z), .h = tokens_of(h), .gate = vector_of(gate),
-                                  .shift = vector_of(shift), .scale = vector_of(scale),
-                                  .mean = floats(mean), .rstd = floats(rstd), .eps = float(eps)});
-  return {z, h, mean, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> gate_residual_rms_modulate(
-    const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift, const Tensor& scale, double eps) {
-  const Tensor z = empty_tokens(x), h = empty_tokens(x), rstd = empty_statistics(x);
-  forward<kGateResidualRmsModulate>(x, {.runs = runs_of(x), .dtype = dtype_of(x), .x = tokens_of(x), .y = tokens_of(y),
-                                     .z = tokens_of(z), .h = tokens_of(h), .gate = vector_of(gate),
-                                     .shift = vector_of(shift), .scale = vector_of(scale),
-                                     .rstd = floats(rstd), .eps = float(eps)});
-  return {z, h, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& scale, const Tensor& mean, const Tensor& rstd) {
-  const Runs runs = runs_of(x);
-  const Tensor dx = empty_tokens(x), dshift = empty_partial(x, runs), dscale = empty_partial(x, runs);
-  backward<kLayerNormModulate>(x, {.runs = runs, .dtype = dtype_of(x), .dh = tokens_of(dy), .x = tokens_of(x),
-                                .dx = tokens_of(dx), .scale = vector_of(scale),
-                                .mean = const_floats(mean), .rstd = const_floats(rstd),
-                                .dshift = floats(dshift), .dscale = floats(dscale)});
-  const auto [shift_sum, scale_sum] = sum_runs<2>({dshift, dscale});
-  return {dx, shift_sum, scale_sum};
-}
-
-std::tuple<Tensor, Tensor, Tensor> rms_norm_modulate_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& scale, const Tensor& rstd) {
-  const Runs runs = runs_of(x);
-  const Tensor dx = empty_tokens(x), dshift = empty_partial(x, runs), dscale = empty_partial(x, runs);
-  backward<kRmsNormModulate>(x, {.runs = runs, .dtype = dtype_of(x), .dh = tokens_of(dy), .x = tokens_of(x),
-                              .dx = tokens_of(dx), .scale = vector_of(scale), .rstd = const_floats(rstd),
-                              .dshift = floats(dshift), .dscale = floats(dscale)});
-  const auto [shift_sum, scale_sum] = sum_runs<2>({dshift, dscale});
-  return {dx, shift_sum, scale_sum};
-}
-
-std::tuple<Tensor, Tensor> gate_residual_backward(const Tensor& dz, const Tensor& y, const Tensor& gate) {
-  const Runs runs = runs_of(y);
-  const Tensor dy = empty_tokens(y), dgate = empty_partial(y, runs);
-  backward<kGateResidual>(y, {.runs = runs, .dtype = dtype_of(y), .dz = tokens_of(dz), .y = tokens_of(y),
-                           .dy = tokens_of(dy), .gate = vector_of(gate), .dgate = floats(dgate)});
-  return {dy, sum_runs<1>({dgate})[0]};
-}
-
-using ResidualGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <Kind kind>
-ResidualGradients residual_norm_backward(
-    const Tensor& dh, const std::optional<Tensor>& dz, const Tensor& x, const Tensor& y, const Tensor& gate,
-    const Tensor& scale, const float* mean, const float* rstd) {
-  const Runs runs = runs_of(x);
-  const Tensor dx = empty_tokens(x), dy = empty_tokens(x);
-  const Tensor dgate = empty_partial(x, runs), dshift = empty_partial(x, runs), dscale = empty_partial(x, runs);
-  backward<kind>(x, {.runs = runs, .dtype = dtype_of(x), .dh = tokens_of(dh), .dz = dz ? tokens_of(*dz) : Tokens{},
-                  .x = tokens_of(x), .y = tokens_of(y), .dx = tokens_of(dx), .dy = tokens_of(dy),
-                  .gate = vector_of(gate), .scale = vector_of(scale), .mean = mean, .rstd = rstd,
-                  .dgate = floats(dgate), .dshift = floats(dshift), .dscale = floats(dscale)});
-  const auto [gate_sum, shift_sum, scale_sum] = sum_runs<3>({dgate, dshift, dscale});
-  return {dx, dy, gate_sum, shift_sum, scale_sum};
-}
-
-ResidualGradients gate_residual_modulate_backward(
-    const Tensor& dh, std::optional<Tensor> dz, const Tensor& x, const Tensor& y, const Tensor& gate,
-    const Tensor& scale, const Tensor& mean, const Tensor& rstd) {
-  return residual_norm_backward<kGateResidualModulate>(
-      dh, dz, x, y, gate, scale, const_floats(mean), const_floats(rstd));
-}
-
-ResidualGradients gate_residual_rms_modulate_backward(
-    const Tensor& dh, std::optional<Tensor> dz, const Tensor& x, const Tensor& y, const Tensor& gate,
-    const Tensor& scale, const Tensor& rstd) {
-  return residual_norm_backward<kGateResidualRmsModulate>(dh, dz, x, y, gate, scale, nullptr, const_floats(rstd));
-}
+  // Adds up the runs of each frame in their order, for all gradients of an operator in one launch.
+  template <size_t kCount>
+  static std::array<Tensor, kCount> sum_runs(const std::array<Tensor, kCount>& partial) {
+    static_assert(kCount <= kMaxSums);
+    const Tensor& like = partial[0];
+    const int64_t b = like.size(0), f = like.size(1), runs = like.size(2), d = like.size(3);
+    const int chunks = static_cast<int>((d / kSumColumns + kSumThreads - 1) / kSumThreads);
+    Sums sums{{}, {}, static_cast<int>(kCount), chunks, runs, d};
+    std::array<Tensor, kCount> totals = partial;
+    for (size_t k = 0; k < kCount; ++k) {
+      totals[k] = empty_beside(like, {b, f, d}, ScalarType::Float);
+      sums.partial[k] = partial[k].template const_data_ptr<float>();
+      sums.total[k] = totals[k].template mutable_data_ptr<float>();
+    }
+    launch(like, sum_runs_kernel, b * f * chunks * static_cast<int64_t>(kCount), kSumThreads, sums);
+    return totals;
+  }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cuda, m) {
-  m.def("layer_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)");
-  m.def("layer_norm_modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd)"
-        " -> (Tensor, Tensor, Tensor)");
-  m.def("rms_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)");
-  m.def("rms_norm_modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor rstd) -> (Tensor, Tensor, Tensor)");
-  m.def("gate_residual(Tensor x, Tensor y, Tensor gate) -> Tensor");
-  m.def("gate_residual_backward(Tensor dz, Tensor y, Tensor gate) -> (Tensor, Tensor)");
-  m.def("gate_residual_modulate(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
-        " -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("gate_residual_modulate_backward(Tensor dh, Tensor? dz, Tensor x, Tensor y, Tensor gate, Tensor scale,"
-        " Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("gate_residual_rms_modulate(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
-        " -> (Tensor, Tensor, Tensor)");
-  m.def("gate_residual_rms_modulate_backward(Tensor dh, Tensor? dz, Tensor x, Tensor y, Tensor gate, Tensor scale,"
-        " Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(vidkern_cuda, VIDKERN_CUDA_KEY, m) {
-  m.impl("layer_norm_modulate", TORCH_BOX(&layer_norm_modulate));
-  m.impl("layer_norm_modulate_backward", TORCH_BOX(&layer_norm_modulate_backward));
-  m.impl("rms_norm_modulate", TORCH_BOX(&rms_norm_modulate));
-  m.impl("rms_norm_modulate_backward", TORCH_BOX(&rms_norm_modulate_backward));
-  m.impl("gate_residual", TORCH_BOX(&gate_residual));
-  m.impl("gate_residual_backward", TORCH_BOX(&gate_residual_backward));
-  m.impl("gate_residual_modulate", TORCH_BOX(&gate_residual_modulate));
-  m.impl("gate_residual_modulate_backward", TORCH_BOX(&gate_residual_modulate_backward));
-  m.impl("gate_residual_rms_modulate", TORCH_BOX(&gate_residual_rms_modulate));
-  m.impl("gate_residual_rms_modulate_backward", TORCH_BOX(&gate_residual_rms_modulate_backward));
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cuda, m) { ModulationOperators<Cuda>::define(m); }
+STABLE_TORCH_LIBRARY_IMPL(vidkern_cuda, VIDKERN_CUDA_KEY, m) { ModulationOperators<Cuda>::implement(m); }
 
 }  // namespace vidkern::cuda
