@@ -16,8 +16,11 @@ constexpr int64_t kTileRows = 4;
 constexpr int64_t kChain = 16;
 
 using VecInts = int32_t __attribute__((vector_size(32)));
+using VecDouble = double __attribute__((vector_size(64)));
 
 constexpr int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
+VIDKERN_INLINE VecDouble widen(Vec v) { return __builtin_convertvector(v, VecDouble); }
 
 // The left factor of a product: element (i, l) lies at i * row + l * column, so that it can be a transpose.
 struct Left {
@@ -154,13 +157,25 @@ VIDKERN_INLINE void softmax_row(float* row, const float* bias, float scale, Visi
   for (int64_t j = 0; j < visible.frames; j += kLanes) store(row + j, load(row + j) / divisor);
 }
 
-// Replaces a row of dp by ds = p * (dp - sum(p * dp)).
+VIDKERN_INLINE double sum(VecDouble v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// Replaces a row of dp by ds = p * (dp - sum(p * dp)), in float64 as the difference is often small. The sum is divided
+// by that of p, which rounding leaves beside 1: what all dp have in common then drops out.
 VIDKERN_INLINE void softmax_row_backward(const float* p, float* dp, Visible all) {
-  Vec total = {};
-  for (int64_t j = 0; j < all.frames; j += kLanes) total += all.select(load(p + j) * load(dp + j), j, 0.0f);
-  const float delta = sum(total);
-  for (int64_t j = 0; j < all.frames; j += kLanes)
-    store(dp + j, all.select(load(p + j) * (load(dp + j) - delta), j, 0.0f));
+  VecDouble total = {}, mass = {};
+  for (int64_t j = 0; j < all.frames; j += kLanes) {
+    const Vec grad = all.select(load(dp + j), j, 0.0f);  // padding may hold NaN
+    total += widen(load(p + j)) * widen(grad);
+    mass += widen(load(p + j));
+    store(dp + j, grad);
+  }
+  const double whole = sum(mass), delta = sum(total) / (whole == 0.0 ? 1.0 : whole);
+  for (int64_t j = 0; j < all.frames; j += kLanes) {
+    const Vec ds = __builtin_convertvector(widen(load(p + j)) * (widen(load(dp + j)) - delta), Vec);
+    store(dp + j, all.select(ds, j, 0.0f));
+  }
 }
 
 }  // namespace vidkern::cpu

@@ -268,7 +268,7 @@ def test_nan_and_inf_go_where_the_definition_sends_them(kernels, place, special,
     check(kernels, *qkv.unbind(3), do, Options())
 
 
-@pytest.mark.parametrize("shape", [(3, 3, 37, 3, 32), (1, 1, 131, 1, 72)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 19, 3, 32), (1, 1, 67, 1, 72)], ids=str)
 def test_a_ragged_number_of_problems(kernels, shape):
     qkv, do = random_tokens(kernels, shape, torch.bfloat16)
     check(kernels, *qkv.unbind(3), do, every_option(kernels, shape, torch.bfloat16))
