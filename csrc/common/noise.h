@@ -9,7 +9,8 @@
 
 namespace vidkern {
 
-// A clip tensor; element e of a frame counts row-major over (C, H, W).
+// A clip tensor; element e of a frame counts row-major over (C, H, W). Elements that lie one after another
+// are one row, whatever H and W.
 struct Clip {
   void* data;
   Dtype dtype;
@@ -18,9 +19,25 @@ struct Clip {
   bool aligned;  // and every frame starts at a multiple of 16 bytes
 
   VIDKERN_HOST_DEVICE int64_t offset(int64_t b, int64_t f) const { return b * stride_b + f * stride_f; }
+};
 
-  VIDKERN_HOST_DEVICE int64_t offset_in_frame(int64_t e) const {
-    return dense ? e : e / (h * w) * stride_c + e / w % h * stride_h + e % w * stride_w;
+// Goes through the elements of a frame in order.
+struct Walk {
+  int64_t offset, row, column;
+
+  VIDKERN_HOST_DEVICE Walk(const Clip& clip, int64_t e) : row(e / clip.w), column(e % clip.w) {
+    offset = row / clip.h * clip.stride_c + row % clip.h * clip.stride_h + column * clip.stride_w;
+    row %= clip.h;
+  }
+
+  VIDKERN_HOST_DEVICE void step(const Clip& clip) {
+    offset += clip.stride_w;
+    if (++column < clip.w) return;
+    offset += clip.stride_h - clip.w * clip.stride_w;
+    column = 0;
+    if (++row < clip.h) return;
+    offset += clip.stride_c - clip.h * clip.stride_h;
+    row = 0;
   }
 };
 
@@ -68,7 +85,9 @@ inline Clip clip_of(const Tensor& t) {  // (B, F, C, H, W), any strides
   const bool aligned = dense && in_16_bytes(reinterpret_cast<intptr_t>(t.data_ptr())) &&
                        (t.size(0) < 2 || in_16_bytes(t.stride(0) * size)) &&
                        (t.size(1) < 2 || in_16_bytes(t.stride(1) * size));
-  return {t.data_ptr(), dtype_of(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3), step, h, w, dense, aligned};
+  Clip clip{t.data_ptr(), dtype_of(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3), step, h, w, dense, aligned};
+  if (dense) clip.h = 1, clip.w = t.size(2) * h * w, clip.stride_w = 1;
+  return clip;
 }
 
 inline Clip contiguous_clip(const Tensor& t) {  // (B, F, ...), contiguous

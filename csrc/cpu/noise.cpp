@@ -144,15 +144,10 @@ VIDKERN_INLINE void round(const float* from, T* to, int64_t count) {
   }
 }
 
-// Copies the stretch of a frame whose elements do not lie one after another: a row of the picture at a time.
 template <typename T>
 VIDKERN_INLINE void gather(const Clip& clip, const T* frame, const Stretch& stretch, T* to) {
-  for (int64_t done = 0; done < stretch.count;) {
-    const int64_t e = stretch.first + done, count = std::min(stretch.count - done, clip.w - e % clip.w);
-    const T* from = frame + clip.offset_in_frame(e);
-    for (int64_t i = 0; i < count; ++i) to[done + i] = from[i * clip.stride_w];
-    done += count;
-  }
+  Walk walk(clip, stretch.first);
+  for (int64_t i = 0; i < stretch.count; ++i, walk.step(clip)) to[i] = frame[walk.offset];
 }
 
 // Returns the stretch of frame f as floats: in `row`, or where it lies.

@@ -1,0 +1,475 @@
+// The noise family on CUDA: a thread draws eight numbers of a sample, frame after frame, beside the elements that they meet.
+//
+// A block takes a run of a sample's elements through some of its frames: through all where a frame needs the one before,
+// through more than one where frames share noise that is then drawn once. No result depends on how many.
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/device.h"
+#include "common/launch.h"
+#include "common/noise.h"
+
+namespace vidkern::cuda {
+namespace {
+
+constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+constexpr int kBlocksAtOnce = 5;  // that fit into the registers
+constexpr int64_t kRun = kThreads * kPack;  // elements
+
+struct Work {
+  Frames frames;
+  int64_t runs, frames_per_block, blocks_per_run;
+
+  Work(const Frames& frames, int64_t frames_per_block)
+      : frames(frames),
+        runs((frames.elements + kRun - 1) / kRun),
+        frames_per_block(frames_per_block),
+        blocks_per_run((frames.f + frames_per_block - 1) / frames_per_block) {}
+
+  int64_t blocks() const { return frames.b * blocks_per_run * runs; }
+};
+
+// Frames share the base's numbers best in one block; 1000 blocks are two to three rounds of those that an A100 holds.
+Work work_of(const Frames& frames, Sharing sharing) {
+  constexpr int64_t kBlocks = 1000;
+  const int64_t all = std::max<int64_t>(frames.f, 1);
+  if (sharing == Sharing::progressive) return {frames, all};
+  if (sharing == Sharing::independent) return {frames, 1};
+  int64_t together = all;
+  while (together > 1 && Work(frames, together).blocks() < kBlocks) together /= 2;
+  return {frames, together};
+}
+
+// What a thread owns: `count` elements of sample b from element e on, in frames first <= f < last.
+struct Part {
+  int64_t b, run, first, last, e;
+  int count;
+
+  __device__ explicit Part(const Work& work) {
+    const auto runs = static_cast<unsigned>(work.runs), blocks = static_cast<unsigned>(work.blocks_per_run);
+    const unsigned block = blockIdx.x / runs;  // 64-bit divisions are slow
+    run = blockIdx.x % runs;
+    e = run * kRun + threadIdx.x * kPack;
+    b = block / blocks;
+    first = block % blocks * work.frames_per_block;
+    last = first + work.frames_per_block < work.frames.f ? first + work.frames_per_block : work.frames.f;
+    const int64_t left = work.frames.elements - e;
+    count = left >= kPack ? kPack : left > 0 ? static_cast<int>(left) : 0;
+  }
+};
+
+// --- eight elements of a frame ---
+
+struct Words8 {  // as they lie in memory; 16-bit elements are all in `low`
+  uint4 low = {}, high = {};
+};
+
+template <typename T>
+__device__ inline uint32_t element_bits(const T* p) {
+  if constexpr (sizeof(T) == 4) return *reinterpret_cast<const uint32_t*>(p);
+  else return *reinterpret_cast<const uint16_t*>(p);
+}
+
+template <typename T>
+__device__ inline Words8 load_words(const Clip& clip, const Part& part, int64_t f) {
+  const T* frame = static_cast<const T*>(clip.data) + clip.offset(part.b, f);
+  if (clip.aligned && part.count == kPack) {
+    const auto* words = reinterpret_cast<const uint4*>(frame + part.e);
+    return {words[0], sizeof(T) == 4 ? words[1] : uint4{}};
+  }
+  uint32_t bits[kPack];
+  Walk walk(clip, part.e);
+  for_each([&](int i) {
+    bits[i] = i < part.count ? element_bits(frame + walk.offset) : 0;
+    walk.step(clip);
+  });
+  if constexpr (sizeof(T) == 4)
+    return {make_uint4(bits[0], bits[1], bits[2], bits[3]), make_uint4(bits[4], bits[5], bits[6], bits[7])};
+  else
+    return {make_uint4(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4] | bits[5] << 16,
+                       bits[6] | bits[7] << 16)};
+}
+
+__device__ inline Words8 load(const Clip& clip, const Part& part, int64_t f) {
+  if (clip.dtype == Dtype::float32) return load_words<float>(clip, part, f);
+  return load_words<__half>(clip, part, f);
+}
+
+__device__ inline void widen(Dtype dtype, const Words8& words, float (&v)[kPack]) {
+  switch (dtype) {
+    case Dtype::float32:
+      return Pack<float>{bit_cast<float4>(words.low), bit_cast<float4>(words.high)}.widen(v);
+    case Dtype::bfloat16: return Pack<__nv_bfloat16>{words.low}.widen(v);
+    case Dtype::float16: return Pack<__half>{words.low}.widen(v);
+  }
+}
+
+template <typename T>
+__device__ inline void store_rounded(const Clip& clip, const Part& part, int64_t f, const float (&v)[kPack]) {
+  T* to = static_cast<T*>(clip.data) + clip.offset(part.b, f) + part.e;
+  if (clip.aligned && part.count == kPack) return Pack<T>::round(v).store(to);
+  for_each([&](int i) {
+    if (i >= part.count) return;
+    if constexpr (sizeof(T) == 4) to[i] = v[i];
+    else *reinterpret_cast<uint16_t*>(to + i) = static_cast<uint16_t>(Pair<T>::round(v[i], 0.0f));
+  });
+}
+
+__device__ inline void store(const Clip& clip, const Part& part, int64_t f, const float (&v)[kPack]) {  // contiguous
+  switch (clip.dtype) {
+    case Dtype::float32: return store_rounded<float>(clip, part, f, v);
+    case Dtype::bfloat16: return store_rounded<__nv_bfloat16>(clip, part, f, v);
+    case Dtype::float16: return store_rounded<__half>(clip, part, f, v);
+  }
+}
+
+// --- noise ---
+
+// a * x + b * y, nothing fused
+__device__ inline float combine(float a, float x, float b, float y) {
+  return philox::add(philox::multiply(a, x), philox::multiply(b, y));
+}
+
+// The noise that a thread owns, frame after frame.
+class PartNoise {
+ public:
+  float n[kPack];
+
+  __device__ PartNoise(const Noise& noise, const Part& part) : noise_(noise), part_(part), key_(noise.key()) {
+    if (noise.draws_base()) draw(philox::kBaseStream, 0, base_);
+  }
+
+  __device__ void draw_frame(int64_t f) {
+    if (noise_.sharing == Sharing::shared) {
+      for_each([&](int i) { n[i] = base_[i]; });
+      return;
+    }
+    float own[kPack];
+    draw(philox::kFrameStream, f, own);
+    if (noise_.sharing == Sharing::independent || (noise_.sharing == Sharing::progressive && f == 0)) {
+      for_each([&](int i) { n[i] = own[i]; });
+      return;
+    }
+    const float w = noise_.base_weight.at(part_.b, f);
+    const float common = philox::root(w), alone = philox::root(philox::add(1.0f, -w));
+    const bool mixed = noise_.sharing == Sharing::mixed;
+    for_each([&](int i) { n[i] = combine(common, mixed ? base_[i] : n[i], alone, own[i]); });
+  }
+
+ private:
+  __device__ void draw(uint32_t stream, int64_t f, float (&v)[kPack]) const {
+    constexpr int k = philox::kLanes;
+#pragma unroll
+    for (int g = 0; g < kPack / k; ++g) {
+      const philox::Normals normals = philox::box_muller(philox::philox4x32(
+          {static_cast<uint32_t>(part_.e / k) + g, static_cast<uint32_t>(f),
+           noise_.first_sample + static_cast<uint32_t>(part_.b), stream}, key_));
+      v[g * k] = normals.n0, v[g * k + 1] = normals.n1, v[g * k + 2] = normals.n2, v[g * k + 3] = normals.n3;
+    }
+  }
+
+  const Noise& noise_;
+  const Part& part_;
+  philox::Key key_;
+  float base_[kPack];
+};
+
+struct Level {  // of a frame
+  float alpha, sigma;
+};
+
+__device__ inline float regressed(Target target, Level level, float x, float n) {
+  switch (target) {
+    case Target::v: return combine(level.alpha, n, -level.sigma, x);
+    case Target::flow: return philox::add(n, -x);
+    case Target::x0: return x;
+    default: return n;
+  }
+}
+
+// --- sums over frames: a block's part of each, (B, F, runs), and a second pass that adds them up in their order ---
+
+__device__ inline float sum(const float (&v)[kPack]) {
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
+__device__ inline void put(float* parts, const Work& work, const Part& part, int64_t f, float sum) {
+  parts[(part.b * work.frames.f + f) * work.runs + part.run] = sum;
+}
+
+struct Totals {
+  const float* parts;
+  float* totals;
+  int64_t frames, runs;
+  float divisor;
+};
+
+__global__ void __launch_bounds__(kThreads) total_kernel(const Totals a) {  // a warp adds up a frame
+  const int64_t frame = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (frame >= a.frames) return;
+  float total[1] = {0.0f};
+  for (int64_t run = threadIdx.x % kWarp; run < a.runs; run += kWarp) total[0] += a.parts[frame * a.runs + run];
+  const float sum = warp_sum(total);
+  if (threadIdx.x % kWarp == 0) a.totals[frame] = sum / a.divisor;
+}
+
+// --- the kernels ---
+
+struct Normal {
+  Work work;
+  Noise noise;
+  Clip out;
+};
+
+__global__ void __launch_bounds__(kThreads) normal_kernel(const Normal a) {
+  const Part part(a.work);
+  PartNoise noise(a.noise, part);
+  for (int64_t f = part.first; f < part.last; ++f) {
+    noise.draw_frame(f);
+    store(a.out, part, f, noise.n);
+  }
+}
+
+struct AddNoise {
+  Work work;
+  Noise noise;
+  Target target;
+  Levels alpha, sigma;
+  Clip x0, x_t, regressed;
+};
+
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) add_noise_kernel(const AddNoise a) {
+  const Part part(a.work);
+  PartNoise noise(a.noise, part);
+  for (int64_t f = part.first; f < part.last; ++f) {
+    const Words8 words = load(a.x0, part, f);
+    const Level level{a.alpha.at(part.b, f), a.sigma.at(part.b, f)};
+    noise.draw_frame(f);
+    float x[kPack], out[kPack];
+    widen(a.x0.dtype, words, x);
+    for_each([&](int i) { out[i] = combine(level.alpha, x[i], level.sigma, noise.n[i]); });
+    store(a.x_t, part, f, out);
+    if (a.target == Target::none) continue;
+    for_each([&](int i) { out[i] = regressed(a.target, level, x[i], noise.n[i]); });
+    store(a.regressed, part, f, out);
+  }
+}
+
+struct AddNoiseBackward {
+  Work work;
+  Noise noise;
+  Target target;  // none where nothing comes back through it
+  bool has_dx_t;
+  Levels alpha, sigma;
+  Clip dx_t, dtarget, x0, dx0;
+  float *dalpha, *dsigma;  // parts
+};
+
+__global__ void __launch_bounds__(kThreads) add_noise_backward_kernel(const AddNoiseBackward a) {
+  __shared__ Shared<float, kWarps * 2> scratch[2];
+  const Part part(a.work);
+  PartNoise noise(a.noise, part);
+  int turn = 0;
+  for (int64_t f = part.first; f < part.last; ++f, turn ^= 1) {
+    Words8 dx_t_words, dtarget_words;
+    const Words8 x_words = load(a.x0, part, f);
+    if (a.has_dx_t) dx_t_words = load(a.dx_t, part, f);
+    if (a.target != Target::none) dtarget_words = load(a.dtarget, part, f);
+    const Level level{a.alpha.at(part.b, f), a.sigma.at(part.b, f)};
+    noise.draw_frame(f);
+    float x[kPack], grad[kPack], dx[kPack] = {}, dalpha[kPack] = {}, dsigma[kPack] = {};
+    widen(a.x0.dtype, x_words, x);
+    if (a.has_dx_t) {
+      widen(a.dx_t.dtype, dx_t_words, grad);
+      for_each([&](int i) {
+        dx[i] = philox::multiply(level.alpha, grad[i]);
+        dalpha[i] = grad[i] * x[i];
+        dsigma[i] = grad[i] * noise.n[i];
+      });
+    }
+    if (a.target != Target::none) widen(a.dtarget.dtype, dtarget_words, grad);
+    if (a.target == Target::v) {
+      for_each([&](int i) {
+        dx[i] = philox::add(dx[i], -philox::multiply(level.sigma, grad[i]));
+        dalpha[i] += grad[i] * noise.n[i];
+        dsigma[i] -= grad[i] * x[i];
+      });
+    } else if (a.target == Target::flow || a.target == Target::x0) {
+      const float sign = a.target == Target::flow ? -1.0f : 1.0f;
+      for_each([&](int i) { dx[i] = philox::add(dx[i], sign * grad[i]); });
+    }
+    store(a.dx0, part, f, dx);
+    float sums[2] = {sum(dalpha), sum(dsigma)};
+    block_sum(sums, scratch[turn]);
+    if (threadIdx.x == 0) {
+      put(a.dalpha, a.work, part, f, sums[0]);
+      put(a.dsigma, a.work, part, f, sums[1]);
+    }
+  }
+}
+
+struct Mse {
+  Work work;
+  Noise noise;
+  Target prediction;
+  Levels alpha, sigma;
+  Clip pred, x0, residual;
+  float* squares;  // parts
+  float divisor;
+};
+
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) mse_kernel(const Mse a) {
+  __shared__ Shared<float, kWarps> scratch[2];
+  const Part part(a.work);
+  PartNoise noise(a.noise, part);
+  int turn = 0;
+  for (int64_t f = part.first; f < part.last; ++f, turn ^= 1) {
+    Words8 x_words;
+    const Words8 pred_words = load(a.pred, part, f);
+    if (a.prediction != Target::epsilon) x_words = load(a.x0, part, f);
+    const Level level{a.alpha.at(part.b, f), a.sigma.at(part.b, f)};
+    noise.draw_frame(f);
+    float x[kPack], r[kPack], squares[kPack];
+    widen(a.x0.dtype, x_words, x);
+    widen(a.pred.dtype, pred_words, r);
+    for_each([&](int i) {
+      r[i] = philox::add(r[i], -regressed(a.prediction, level, x[i], noise.n[i]));
+      squares[i] = i < part.count ? r[i] * r[i] : 0.0f;
+    });
+    store(a.residual, part, f, r);
+    float total[1] = {sum(squares)};
+    block_sum(total, scratch[turn]);
+    if (threadIdx.x == 0) put(a.squares, a.work, part, f, total[0] / a.divisor);
+  }
+}
+
+struct MseBackward {
+  Work work;
+  Levels dmse;
+  float factor;
+  Clip residual, dpred;
+};
+
+__global__ void __launch_bounds__(kThreads) mse_backward_kernel(const MseBackward a) {
+  const Part part(a.work);
+  for (int64_t f = part.first; f < part.last; ++f) {
+    float v[kPack];
+    widen(a.residual.dtype, load(a.residual, part, f), v);
+    const float scale = a.dmse.at(part.b, f) * a.factor;
+    for_each([&](int i) { v[i] = philox::multiply(scale, v[i]); });
+    store(a.dpred, part, f, v);
+  }
+}
+
+// --- the operators ---
+
+// Sums over each frame, float32 (B, F). Where one block has a whole frame, its part is the sum.
+class FrameSums {
+ public:
+  FrameSums(const Tensor& clip, const Work& work)
+      : work_(work),
+        totals_(empty_levels(clip)),
+        parts_(whole() ? totals_ : empty_beside(clip, {work.frames.b, work.frames.f, work.runs}, ScalarType::Float)) {}
+
+  bool whole() const { return work_.runs == 1; }
+  float* parts() const { return parts_.mutable_data_ptr<float>(); }
+
+  Tensor totals(float divisor) const {
+    const int64_t frames = work_.frames.b * work_.frames.f;
+    if (!whole())
+      launch(totals_, total_kernel, (frames + kWarps - 1) / kWarps, kThreads,
+             Totals{parts(), totals_.mutable_data_ptr<float>(), frames, work_.runs, divisor});
+    return totals_;
+  }
+
+ private:
+  Work work_;
+  Tensor totals_, parts_;
+};
+
+Tensor philox_normal(std::vector<int64_t> shape, const Tensor& key, std::string sharing,
+                     std::optional<Tensor> base_weight, int64_t sample_offset, ScalarType dtype) {
+  const Tensor out = torch::stable::new_empty(key, shape, dtype);
+  const Noise noise = noise_of(key, sharing, base_weight, sample_offset);
+  const Work work = work_of(frames_of(out), noise.sharing);
+  launch(out, normal_kernel, work.blocks(), kThreads, Normal{work, noise, contiguous_clip(out)});
+  return out;
+}
+
+std::tuple<Tensor, Tensor> add_noise(
+    const Tensor& x0, const Tensor& alpha, const Tensor& sigma, const Tensor& key, std::optional<std::string> target,
+    std::string sharing, std::optional<Tensor> base_weight, int64_t sample_offset) {
+  const Tensor x_t = empty_clip(x0), regressed = target ? empty_clip(x0) : empty_beside(x0, {0}, x0.scalar_type());
+  const Noise noise = noise_of(key, sharing, base_weight, sample_offset);
+  const Work work = work_of(frames_of(x0), noise.sharing);
+  launch(x0, add_noise_kernel, work.blocks(), kThreads,
+         AddNoise{work, noise, target_of(target), levels_of(alpha), levels_of(sigma), clip_of(x0),
+                  contiguous_clip(x_t), target ? contiguous_clip(regressed) : Clip{}});
+  return {x_t, regressed};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_noise_backward(
+    std::optional<Tensor> dx_t, std::optional<Tensor> dtarget, const Tensor& x0, const Tensor& alpha,
+    const Tensor& sigma, const Tensor& key, std::optional<std::string> target, std::string sharing,
+    std::optional<Tensor> base_weight, int64_t sample_offset) {
+  const Tensor dx0 = empty_clip(x0);
+  const Noise noise = noise_of(key, sharing, base_weight, sample_offset);
+  const Work work = work_of(frames_of(x0), noise.sharing);
+  const FrameSums dalpha(x0, work), dsigma(x0, work);
+  const Target kind = dtarget ? target_of(target) : Target::none;
+  launch(x0, add_noise_backward_kernel, work.blocks(), kThreads,
+         AddNoiseBackward{work, noise, kind, dx_t.has_value(), levels_of(alpha), levels_of(sigma),
+                          dx_t ? clip_of(*dx_t) : Clip{}, kind == Target::none ? Clip{} : clip_of(*dtarget),
+                          clip_of(x0), contiguous_clip(dx0), dalpha.parts(), dsigma.parts()});
+  return {dx0, dalpha.totals(1.0f), dsigma.totals(1.0f)};
+}
+
+std::tuple<Tensor, Tensor> diffusion_mse(
+    const Tensor& pred, const Tensor& x0, const Tensor& alpha, const Tensor& sigma, const Tensor& key,
+    std::string prediction, std::string sharing, std::optional<Tensor> base_weight, int64_t sample_offset) {
+  const Tensor residual = empty_clip(pred);
+  const Noise noise = noise_of(key, sharing, base_weight, sample_offset);
+  const Work work = work_of(frames_of(pred), noise.sharing);
+  const FrameSums mse(pred, work);
+  const auto elements = static_cast<float>(work.frames.elements);
+  launch(pred, mse_kernel, work.blocks(), kThreads,
+         Mse{work, noise, target_of(prediction), levels_of(alpha), levels_of(sigma), clip_of(pred),
+             clip_of(x0), contiguous_clip(residual), mse.parts(), mse.whole() ? elements : 1.0f});
+  return {mse.totals(elements), residual};
+}
+
+Tensor diffusion_mse_backward(const Tensor& dmse, const Tensor& residual) {
+  const Tensor dpred = empty_clip(residual);
+  const Work work = work_of(frames_of(residual), Sharing::independent);
+  const auto factor = static_cast<float>(2.0 / static_cast<double>(work.frames.elements));
+  launch(residual, mse_backward_kernel, work.blocks(), kThreads,
+         MseBackward{work, levels_of(dmse), factor, clip_of(residual), contiguous_clip(dpred)});
+  return dpred;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cuda, m) {
+  m.def("philox_normal(int[] shape, Tensor key, str sharing, Tensor? base_weight, int sample_offset,"
+        " ScalarType dtype) -> Tensor");
+  m.def("add_noise(Tensor x0, Tensor alpha, Tensor sigma, Tensor key, str? target, str sharing, Tensor? base_weight,"
+        " int sample_offset) -> (Tensor, Tensor)");
+  m.def("add_noise_backward(Tensor? dx_t, Tensor? dtarget, Tensor x0, Tensor alpha, Tensor sigma, Tensor key,"
+        " str? target, str sharing, Tensor? base_weight, int sample_offset) -> (Tensor, Tensor, Tensor)");
+  m.def("diffusion_mse(Tensor pred, Tensor x0, Tensor alpha, Tensor sigma, Tensor key, str prediction, str sharing,"
+        " Tensor? base_weight, int sample_offset) -> (Tensor, Tensor)");
+  m.def("diffusion_mse_backward(Tensor dmse, Tensor residual) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vidkern_cuda, VIDKERN_CUDA_KEY, m) {
+  m.impl("philox_normal", TORCH_BOX(&philox_normal));
+  m.impl("add_noise", TORCH_BOX(&add_noise));
+  m.impl("add_noise_backward", TORCH_BOX(&add_noise_backward));
+  m.impl("diffusion_mse", TORCH_BOX(&diffusion_mse));
+  m.impl("diffusion_mse_backward", TORCH_BOX(&diffusion_mse_backward));
+}
+
+}  // namespace vidkern::cuda

@@ -1,0 +1,371 @@
+"""The noise kernels, each against the definition bit for bit: C++, and CUDA (on the emulator without a GPU)."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vidkern
+from tests.emulator import build
+from tests.ops.common import KERNEL_DTYPES, assert_contract, poisoned_empty
+from vidkern import _extension, _library, ops
+from vidkern.ops.noise import reference
+
+BACKENDS = ("cpu", "cuda")
+OPERATORS = ("philox_normal", "add_noise", "add_noise_backward", "diffusion_mse", "diffusion_mse_backward")
+SHARING = ("independent", "shared", "mixed", "progressive")
+PREDICTIONS = ("epsilon", "v", "flow", "x0")
+
+#: Ragged, a multiple of a wide load, and more than a block or a stretch of a thread takes.
+SHAPES = [(2, 3, 3, 5, 7), (1, 2, 4, 8, 2), (2, 2, 5, 11, 23)]
+
+every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+every_sharing = pytest.mark.parametrize("sharing", SHARING)
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+class Kernels(NamedTuple):
+    """One backend's operators by name, without dispatch and autograd, and where their tensors must lie."""
+
+    find: Callable[[str], Callable[..., Any]]
+    device: str
+
+
+def kernels_of(backend: str) -> Kernels:
+    """Return a backend's kernels; without a GPU, CUDA runs on the emulator."""
+    device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+    if backend == "cuda" and device == "cpu":
+        return Kernels(lambda name: getattr(_emulator(), name), device)
+    assert _extension.missing[backend] is None, _extension.missing[backend]
+    return Kernels(lambda name: getattr(getattr(torch.ops, f"vidkern_{backend}"), name), device)
+
+
+@cache
+def _emulator() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        build.load([build.ROOT / "csrc/cuda/noise.cu"], "vidkern_emulator_noise", Path(folder))
+    return torch.ops.vidkern_emulator_noise
+
+
+@pytest.fixture(params=BACKENDS)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    torch.manual_seed(0)
+    return kernels_of(request.param)
+
+
+def call(kernels: Kernels, name: str, *args: Any) -> Any:
+    """Call a kernel, with every unwritten element poisoned."""
+    with poisoned_empty():
+        return kernels.find(name)(*args)
+
+
+def assert_same_bits(ours: Tensor, wanted: Tensor) -> None:
+    kind = {4: torch.int32, 2: torch.int16}[ours.element_size()]
+    assert ours.is_contiguous()
+    assert (ours.shape, ours.dtype) == (wanted.shape, wanted.dtype)
+    assert torch.equal(ours.view(kind), wanted.contiguous().view(kind))
+
+
+def make_key(device: str, seed: int = 20261121, offset: int = 7) -> Tensor:
+    return torch.tensor([seed, offset], device=device)
+
+
+def make_mode(sharing: str, shape: tuple[int, ...], device: str) -> tuple[str, Tensor | None, int]:
+    """Return sharing, base_weight and sample_offset; the samples' counter comes near its end."""
+    weight = torch.rand(shape[1], device=device).expand(shape[:2]) if sharing in ("mixed", "progressive") else None
+    return sharing, weight, 2**32 - shape[0]
+
+
+def make_clip(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def make_levels(shape: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
+    """Return alpha, common to a sample's frames by a stride of 0, and sigma, transposed."""
+    batch, frames = shape[:2]
+    return torch.rand(batch, 1, device=device).expand(batch, frames), torch.rand(frames, batch, device=device).t()
+
+
+def scattered(clip: Tensor) -> Tensor:
+    """Return the clip with its channels last and its frames outermost."""
+    return clip.permute(1, 0, 3, 4, 2).contiguous().permute(1, 0, 4, 2, 3)
+
+
+def upper_half(clip: Tensor) -> Tensor:
+    """Return the clip as the second half of a model's channels."""
+    return torch.cat([torch.full_like(clip, float("nan")), clip], dim=2)[:, :, clip.shape[2] :]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_is_registered(name, backend):
+    assert backend in _library.operators[name].kernels
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_cpu_kernels_serve(name):
+    assert _library.operators[name].why_not("cpu", "cpu") is None
+
+
+@every_shape
+@every_sharing
+@every_dtype
+def test_philox_normal(kernels, shape, sharing, dtype):
+    args = (list(shape), make_key(kernels.device), *make_mode(sharing, shape, kernels.device), dtype)
+    assert_same_bits(call(kernels, "philox_normal", *args), reference.philox_normal(*args))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 1, 1), (1, 2, 1023), (1, 1, 5, 1, 2, 3, 7)], ids=str)
+def test_philox_normal_of_any_rank(kernels, shape):
+    args = (list(shape), make_key(kernels.device), "independent", None, 5, torch.float32)
+    assert_same_bits(call(kernels, "philox_normal", *args), reference.philox_normal(*args))
+
+
+@pytest.mark.parametrize("key", [(-1, 1), (2**63 - 1, 2**63 - 1), (-(2**63), -5)])
+def test_the_key_is_folded_and_may_be_strided(kernels, key):
+    strided = torch.tensor([key, key], device=kernels.device).t().contiguous().t()[0]
+    args = ("independent", None, 0, torch.float32)
+    ours = call(kernels, "philox_normal", [1, 1, 9], strided, *args)
+    assert_same_bits(ours, reference.philox_normal([1, 1, 9], make_key(kernels.device, *key), *args))
+
+
+@every_shape
+@every_sharing
+@pytest.mark.parametrize("target", [None, "epsilon", "v", "flow"])
+def test_add_noise(kernels, shape, sharing, target):
+    dtype = KERNEL_DTYPES[SHAPES.index(shape)]
+    x0, levels = make_clip(shape, kernels.device, dtype), make_levels(shape, kernels.device)
+    args = (*levels, make_key(kernels.device), target, *make_mode(sharing, shape, kernels.device))
+    wanted = reference.add_noise(x0, *args)
+    for ours, theirs in zip(call(kernels, "add_noise", x0, *args), wanted, strict=True):
+        assert_same_bits(ours, theirs)
+
+
+@every_dtype
+@pytest.mark.parametrize("view", [scattered, upper_half, lambda x: x[:, :, :1, :1, :1].expand(x.shape)])
+def test_clips_are_read_where_they_lie(kernels, dtype, view):
+    shape = (2, 3, 4, 6, 4)
+    x0, levels = make_clip(shape, kernels.device, dtype), make_levels(shape, kernels.device)
+    args = (*levels, make_key(kernels.device), "v", *make_mode("mixed", shape, kernels.device))
+    for ours, theirs in zip(
+        call(kernels, "add_noise", view(x0), *args), reference.add_noise(view(x0), *args), strict=True
+    ):
+        assert_same_bits(ours, theirs)
+
+
+@every_shape
+@every_sharing
+@every_prediction
+def test_diffusion_mse(kernels, shape, sharing, prediction):
+    dtype = KERNEL_DTYPES[PREDICTIONS.index(prediction) % 3]
+    pred, x0 = upper_half(make_clip(shape, kernels.device, dtype)), make_clip(shape, kernels.device, torch.float32)
+    levels = make_levels(shape, kernels.device)
+    args = (*levels, make_key(kernels.device), prediction, *make_mode(sharing, shape, kernels.device))
+    mse, residual = call(kernels, "diffusion_mse", pred, x0, *args)
+    plain_mse, plain_residual = reference.diffusion_mse(pred, x0, *args)
+    assert_same_bits(residual, plain_residual)
+    exact, _ = reference.diffusion_mse(pred.double(), x0.double(), *(v.double() for v in levels), *args[2:])
+    assert mse.dtype == torch.float32
+    assert_contract("mse", mse, plain_mse, exact)
+
+
+@every_shape
+@every_dtype
+def test_diffusion_mse_backward(kernels, shape, dtype):
+    residual = make_clip(shape, kernels.device, dtype)
+    per_frame = torch.randn(shape[:2], device=kernels.device)
+    for dmse in (per_frame, per_frame[:1, :1].expand(shape[:2])):
+        ours = call(kernels, "diffusion_mse_backward", dmse, residual)
+        assert_same_bits(ours, reference.diffusion_mse_backward(dmse, residual))
+
+
+@pytest.mark.parametrize("given", ["x_t", "target", "both"])
+@every_prediction
+@every_sharing
+def test_add_noise_backward(kernels, given, prediction, sharing):
+    shape, dtype = SHAPES[2], KERNEL_DTYPES[SHARING.index(sharing) % 3]
+    x0, levels = make_clip(shape, kernels.device, dtype), make_levels(shape, kernels.device)
+    dx_t = None if given == "target" else make_clip(shape, kernels.device, dtype)[:1].expand(shape)
+    dtarget = None if given == "x_t" else scattered(make_clip(shape, kernels.device, torch.bfloat16))
+    args = (make_key(kernels.device), prediction, *make_mode(sharing, shape, kernels.device))
+    ours = call(kernels, "add_noise_backward", dx_t, dtarget, x0, *levels, *args)
+    plain = reference.add_noise_backward(dx_t, dtarget, x0, *levels, *args)
+    assert_same_bits(ours[0], plain[0])
+    wide = [None if grad is None else grad.double() for grad in (dx_t, dtarget)]
+    exact = reference.add_noise_backward(*wide, x0.double(), *(v.double() for v in levels), *args)
+    two_ulp_of_partial_sums = 2**-22 * (2 * x0[0, 0].numel()) ** 0.5
+    for grad, wanted in zip(ours[1:], exact[1:], strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad.double(), wanted, rtol=1e-6, atol=two_ulp_of_partial_sums)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5, 6), (2, 0, 4, 5, 6), (2, 3, 0, 5, 6)], ids=str)
+@every_sharing
+def test_empty(kernels, shape, sharing):
+    x0, levels, key = (
+        make_clip(shape, kernels.device, torch.float32),
+        make_levels(shape, kernels.device),
+        make_key(kernels.device),
+    )
+    mode = make_mode(sharing, shape, kernels.device)
+    x_t, target = call(kernels, "add_noise", x0, *levels, key, "v", *mode)
+    mse, residual = call(kernels, "diffusion_mse", x0, x0, *levels, key, "v", *mode)
+    dx0, *dlevels = call(kernels, "add_noise_backward", x_t, target, x0, *levels, key, "v", *mode)
+    assert all(clip.shape == shape for clip in (x_t, target, residual, dx0))
+    assert mse.isnan().all()  # the mean over no elements
+    assert not any(grad.any() for grad in dlevels)
+    assert call(kernels, "diffusion_mse_backward", mse, residual).shape == shape
+
+
+def test_weights_out_of_range_and_nan_stay_where_they_are(kernels):
+    shape = (1, 3, 2, 3, 4)
+    x0, levels = make_clip(shape, kernels.device, torch.float32), make_levels(shape, kernels.device)
+    x0[0, 1, 1, 2, 3], weight = float("inf"), torch.tensor([[0.5, 0.5, 1.5]], device=kernels.device)
+    args = (x0, *levels, make_key(kernels.device), None, "mixed", weight, 0)
+    ours, wanted = call(kernels, "add_noise", *args)[0], reference.add_noise(*args)[0]
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- C++ alone: many shapes, threads, statistics
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    frames=st.integers(1, 4),
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 20), st.integers(1, 20)),
+    split=st.integers(0, 4),
+    sample_offset=st.sampled_from([0, 3, 2**31]),
+    sharing=st.sampled_from(SHARING),
+    dtype=st.sampled_from(KERNEL_DTYPES),
+)
+def test_bits_for_every_shape_and_batch_split(batch, frames, sizes, split, sample_offset, sharing, dtype):
+    shape, split = (batch, frames, *sizes), min(split, batch)
+    x0, levels, key = make_clip(shape, "cpu", dtype), make_levels(shape, "cpu"), make_key("cpu")
+    weight = make_mode(sharing, shape, "cpu")[1]
+    add_noise = kernels_of("cpu").find("add_noise")
+    parts = [
+        add_noise(x0[at], *(v[at] for v in levels), key, "v", sharing, None if weight is None else weight[at], first)
+        for at, first in ((slice(split), sample_offset), (slice(split, None), sample_offset + split))
+    ]
+    wanted = reference.add_noise(x0, *levels, key, "v", sharing, weight, sample_offset)
+    for *ours, theirs in zip(*parts, wanted, strict=True):
+        assert_same_bits(torch.cat(ours), theirs)
+
+
+@every_sharing
+def test_the_same_bits_for_every_number_of_threads(threads, sharing):
+    torch.manual_seed(0)
+    shape = (3, 5, 4, 40, 40)
+    pred, x0 = make_clip(shape, "cpu", torch.float32), make_clip(shape, "cpu", torch.float32)
+    args = (*make_levels(shape, "cpu"), make_key("cpu"), "v", *make_mode(sharing, shape, "cpu"))
+    runs, find = [], kernels_of("cpu").find
+    for count in (1, 2, 3, 2):
+        threads(count)
+        runs.append([*find("diffusion_mse")(pred, x0, *args), *find("add_noise_backward")(pred, x0, x0, *args)])
+    for run in runs[1:]:
+        for ours, wanted in zip(run, runs[0], strict=True):
+            assert_same_bits(ours, wanted)
+
+
+def test_float64_is_left_to_the_reference():
+    x0 = torch.randn(1, 2, 3, 4, 5, dtype=torch.float64)
+    with vidkern.backend("cpu"), pytest.raises(vidkern.BackendError, match="float64 is the reference's"):
+        ops.add_noise(x0, torch.rand(1, 2), torch.rand(1, 2), make_key("cpu"))
+
+
+DRAWS, BINS, EDGE = 96, 4096, 6.0  # 10^8 numbers, a million at a time
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, Any]:
+    """Return the sums of powers, the histogram, and the sums of products with neighbours, over 10^8 numbers."""
+    philox_normal = kernels_of("cpu").find("philox_normal")
+    shape, key = [2, 2, 2**18], make_key("cpu")
+    moments, histogram = torch.zeros(4, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
+    tails, products = dict.fromkeys((3, 4, 5, 6), 0), dict.fromkeys(("lanes", "groups", "frames", "samples"), (0.0, 0))
+
+    def multiply(name: str, a: Tensor, b: Tensor) -> None:
+        total, count = products.get(name, (0.0, 0))
+        products[name] = total + float(torch.dot(a.flatten().double(), b.flatten().double())), count + a.numel()
+
+    for i in range(DRAWS):
+        x = philox_normal(shape, key, "independent", None, 2 * i, torch.float32)
+        wide = x.flatten().double()
+        square = wide * wide
+        moments += torch.stack([wide.sum(), square.sum(), torch.dot(square, wide), torch.dot(square, square)])
+        histogram += torch.histc(x, BINS, -EDGE, EDGE)
+        for tail in tails:
+            tails[tail] += int((square > tail**2).sum())
+        multiply("lanes", x[..., 0::4], x[..., 1::4])
+        multiply("groups", x[..., :-4], x[..., 4:])
+        multiply("frames", x[:, 0], x[:, 1])
+        multiply("samples", x[0], x[1])
+        for name, other in (("seeds", make_key("cpu", 20261122)), ("offsets", make_key("cpu", offset=8))):
+            multiply(name, x, philox_normal(shape, other, "independent", None, 2 * i, torch.float32))
+        multiply("streams", x[:, :1], philox_normal([2, 1, 2**18], key, "shared", None, 2 * i, torch.float32))
+    return {"n": DRAWS * 2**20, "moments": moments, "histogram": histogram, "tails": tails, "products": products}
+
+
+def test_moments_of_a_hundred_million(counted):
+    n = counted["n"]
+    for order, (wanted, variance) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], start=1):
+        assert abs(float(counted["moments"][order - 1]) / n - wanted) < 4 * (variance / n) ** 0.5, f"moment {order}"
+
+
+def test_tails_of_a_hundred_million(counted):
+    for tail, count in counted["tails"].items():
+        expected = 2 * scipy.stats.norm.sf(tail) * counted["n"]
+        assert scipy.stats.poisson.sf(count - 1, expected) > 1e-4, f"too many above {tail}: {count}, {expected:.1f}"
+        assert scipy.stats.poisson.cdf(count, expected) > 1e-4, f"too few above {tail}: {count}, {expected:.1f}"
+
+
+def test_distribution_of_a_hundred_million(counted):
+    edges = torch.linspace(-EDGE, EDGE, BINS + 1, dtype=torch.float64)
+    below = torch.special.ndtr(edges)
+    cumulative = counted["histogram"].cumsum(0) / counted["n"]
+    distance = float((cumulative - below[1:]).abs().max())  # Kolmogorov-Smirnov, at the edges
+    assert scipy.stats.kstwobign.sf(distance * counted["n"] ** 0.5) > 1e-3
+    expected = below.diff() * counted["n"]
+    filled = expected > 20
+    chi_square = ((counted["histogram"] - expected) ** 2 / expected)[filled].sum()
+    assert scipy.stats.chi2.sf(float(chi_square), int(filled.sum())) > 1e-3
+
+
+def test_neighbours_of_a_hundred_million_are_independent(counted):
+    for name, (total, count) in counted["products"].items():
+        assert abs(total / count) < 4.5 / count**0.5, name
+
+
+# ---- on a GPU
+
+
+@needs_cuda
+def test_a_cuda_graph_draws_from_the_key_that_it_finds():
+    key, like = make_key("cuda"), torch.randn(2, 3, 4, 5, 6, device="cuda")
+    levels = torch.rand(2, 3, device="cuda"), torch.rand(2, 3, device="cuda")
+    ops.add_noise(like, *levels, key)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x_t = ops.add_noise(like, *levels, key)
+    for offset in (3, 4):
+        key[1] = offset
+        graph.replay()
+        assert_same_bits(x_t, ops.add_noise(like, *levels, make_key("cuda", offset=offset)))
