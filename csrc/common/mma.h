@@ -1,7 +1,7 @@
 // The tensor cores' products of 16-bit matrices, and the transpose of a matrix that a warp holds.
 //
-// Lane l is (g, t) = (l / 4, l % 4). A word is two neighbouring elements of a row: of an 8 x 8 matrix, lane (g, t) holds
-// columns 2t, 2t + 1 of row g.
+// Lane l is (g, t) = (l / 4, l % 4). A word is two neighbouring elements of a row: of an 8 x 8 matrix, lane (g, t)
+// holds columns 2t, 2t + 1 of row g.
 #pragma once
 
 #ifdef VIDKERN_EMULATOR

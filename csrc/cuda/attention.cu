@@ -36,7 +36,8 @@ struct Options {
 
   static Optional floats(const Optional& table) {
     if (!table.has_value()) return table;
-    if (table->scalar_type() == ScalarType::Float && table->is_contiguous() && rows_aligned(*table)) return table;
+    const bool aligned = reinterpret_cast<uintptr_t>(table->data_ptr()) % 16 == 0;
+    if (table->scalar_type() == ScalarType::Float && table->is_contiguous() && aligned) return table;
     Tensor copy = torch::stable::new_empty(*table, table->sizes(), ScalarType::Float);
     return torch::stable::copy_(copy, *table);
   }
@@ -90,7 +91,9 @@ __global__ void sum_bias_grad_kernel(const float* partial, float* total, int64_t
 // Runs the backward pass, and returns the bias's gradient (H, F, F), empty where it is not wanted.
 Tensor run_backward(const Tensor& tokens, Backward call, bool bias_grad) {
   const Problems& all = call.problems;
-  const auto floats = [&](std::initializer_list<int64_t> size) { return empty_beside(tokens, size, ScalarType::Float); };
+  const auto floats = [&](std::initializer_list<int64_t> size) {
+    return empty_beside(tokens, size, ScalarType::Float);
+  };
   const Tensor partial = bias_grad ? floats({all.runs, all.h, all.f, all.f}) : floats({0});
   const Tensor total = bias_grad ? floats({all.h, all.f, all.f}) : floats({0});
   call.grad_bias = bias_grad ? partial.mutable_data_ptr<float>() : nullptr;

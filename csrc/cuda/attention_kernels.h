@@ -10,10 +10,10 @@ namespace vidkern::cuda {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Registers a thread where this many blocks share a multiprocessor's 65536.
-constexpr int registers_of(int blocks) { return blocks >= 4 ? 128 : blocks == 3 ? 168 : 255; }
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int registers_of(int blocks) { return blocks == 4 ? 128 : blocks == 3 ? 168 : 255; }
 
 // --- one problem ---
 
@@ -337,7 +337,7 @@ temporal_attention_backward_one_tile_kernel(const Backward a) {
   }
 }
 
-// Warps that share a problem, each taking every kTeam-th tile of queries, then of keys.
+// Warps that share a problem, each taking every team-th tile of queries, then of keys.
 __host__ __device__ inline int team_of(int frames) {
   const int tiles = (frames + kTile - 1) / kTile;
   return tiles > 2 ? kWarps : tiles;

@@ -1,7 +1,7 @@
 // Sixteen frames of a head in the registers of a warp, and the two products of attention with them.
 //
-// Lane l is (g, t) = (l / 4, l % 4) and holds columns of rows g and g + 8. The order of columns is free in both products,
-// so a lane takes eight neighbours, one 16-byte load: no shared memory, and results are stored as inputs are loaded.
+// Lane l is (g, t) = (l / 4, l % 4) and holds columns of rows g and g + 8. The order of columns is free in both
+// products, so a lane takes eight neighbours, one 16-byte load: no shared memory, and results are stored likewise.
 #pragma once
 
 #include "common/device.h"
@@ -28,10 +28,6 @@ struct WordOf<float> {
 };
 template <typename T>
 using Word = typename WordOf<T>::type;
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
 
 // kWords words of each of a lane's two rows: 8 * kWords columns in all lanes.
 template <typename T, int kWords>
@@ -198,7 +194,7 @@ __device__ inline void accumulate(Fragment* o, const Scores& p, const Tile<T, kW
   for (int w = 0; w < kWords; ++w) mma_k16<T>(o[w], steps, transpose(b.rows[0][w]), transpose(b.rows[1][w]));
 }
 
-// The same in float32, by multiply-adds: row n of b comes from the lanes that hold it, for the columns that a lane owns.
+// The same in float32, by multiply-adds: row n of b comes from the lanes that hold it, for the lane's own columns.
 __device__ inline float2 shuffle(float2 word, int lane) {
   return bit_cast<float2>(__shfl_sync(kAllLanes, bit_cast<unsigned long long>(word), lane));
 }

@@ -1,4 +1,4 @@
-// Stands in for the tensor cores' instructions of csrc/common/mma.h: the warp brings its words, each lane takes its part.
+// Stands in for the tensor cores' instructions of csrc/common/mma.h: each lane brings its words and takes its part.
 #pragma once
 
 #include <array>
