@@ -274,6 +274,15 @@ def test_a_ragged_number_of_problems(kernels, shape):
     check(kernels, *qkv.unbind(3), do, every_option(kernels, shape, torch.bfloat16))
 
 
+@pytest.mark.parametrize("frames", [6, 40])
+def test_a_triton_program_adds_up_the_gradient_of_the_bias_over_its_problems(monkeypatch, frames):
+    triton_kernels = importlib.import_module("vidkern.ops.attention.triton_kernels")
+    monkeypatch.setattr(triton_kernels, "ENOUGH_PROGRAMS", 8)  # so that one takes several
+    kernels, shape = kernels_in(triton_kernels, "cuda" if torch.cuda.is_available() else "cpu"), (1, frames, 9, 2, 32)
+    qkv, do = random_tokens(kernels, shape, torch.float32)
+    check(kernels, *qkv.unbind(3), do, every_option(kernels, shape, torch.float32))
+
+
 def test_a_hundred_thousand_tokens():
     kernels, shape = cpu_kernels(), (2, 2, 50000, 1, 32)
     qkv, do = random_tokens(kernels, shape, torch.float32)

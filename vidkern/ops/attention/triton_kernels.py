@@ -1,7 +1,7 @@
 """The temporal attention operators in Triton: a program takes problems (b, n, h) of F queries and F keys.
 
-Up to 32 frames are one tile. More are cut into tiles of queries and of keys, whose sums are taken on line. A row of d
-channels is a tuple of pieces whose widths are powers of two (72 = 64 + 8 of 16), so that nothing is padded to 128.
+Up to 32 frames are one tile. More are cut into tiles of queries and of keys, and the softmax runs along the keys. A row
+of d channels is a tuple of pieces whose widths are powers of two (72 = 64 + 8 of 16), so that nothing is padded to 128.
 Batch, frames, tokens, heads and strides are run-time values: a change of them compiles nothing but another tile.
 """
 
@@ -43,9 +43,6 @@ def _piece_start(d, p):
 @triton.constexpr_function
 def _piece_width(d, p):
     return pieces(d)[p][1]
-
-
-# A row and its tile
 
 
 @triton.jit
@@ -106,9 +103,6 @@ def _operands(tiles, OPERAND: tl.constexpr):
     return out
 
 
-# Rotary positions
-
-
 @triton.jit
 def _pairs(x):
     return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
@@ -159,9 +153,6 @@ def _store_turned_back(rows, grad, first, stride_f, frames, scale, cos, sin, D: 
     if cos is not None:
         grad = _turn(grad, cos, sin, first, frames, True, D, TILE)
     _store(rows, grad, first, stride_f, frames, D, TILE)
-
-
-# Products and probabilities
 
 
 @triton.jit
@@ -225,9 +216,6 @@ def _differentiate(p, dp, delta, first_query, first_key, frames, TILE: tl.conste
     """Return p and the scores' gradient ds, 0 beyond the frames."""
     inside = (_frames(first_query, TILE) < frames)[:, None] & (_frames(first_key, TILE) < frames)[None, :]
     return tl.where(inside, p, 0.0), tl.where(inside, p * (dp - delta[:, None]), 0.0)
-
-
-# Kernels
 
 
 @triton.jit
@@ -506,9 +494,6 @@ def _sum_runs(partials, totals, runs, size, SLICES: tl.constexpr, WIDTH: tl.cons
     tl.store(totals + i, tl.sum(sums, 0), mask=i < size)
 
 
-# Launches
-
-
 def _tile(frames: int, wide: bool, backward: bool) -> int:
     """Return how many queries, and how many keys, a tile holds."""
     if frames <= ONE_TILE_FRAMES:
@@ -591,21 +576,21 @@ def _launch_backward(
     """Fill grads, of q, k and v, and return the gradient of the bias, empty unless asked for."""
     q = tokens_in[0]
     batch, frames, tokens, heads, _ = q.shape
-    positions = batch * tokens
-    run = triton.cdiv(positions, max(1, ENOUGH_PROGRAMS // heads)) if bias_grad else 1
-    runs = triton.cdiv(positions, max(1, run))
+    positions, strides = batch * tokens, _strides(do, *tokens_in)
+    constants = {
+        "PARTS": 1 if grads[0].is_contiguous() else 3,
+        **_constants(q, strides, bias, cos, causal, backward=True),
+    }
+    tiles = max(1, triton.cdiv(frames, constants["TILE"]))
+    run = max(1, triton.cdiv(positions, max(1, ENOUGH_PROGRAMS // (heads * tiles)))) if bias_grad else 1
+    runs = triton.cdiv(positions, run)
 
     def floats(*shape: int) -> Tensor:
         return q.new_empty(shape, dtype=torch.float32)
 
     partials = floats(runs, heads, frames, frames) if bias_grad else None
     totals = floats(heads, frames, frames) if bias_grad else floats(0)
-    strides = _strides(do, *tokens_in)
     options = (_table(bias), _table(cos), _table(sin), scale, frames, tokens, heads, positions, run, *strides)
-    constants = {
-        "PARTS": 1 if grads[0].is_contiguous() else 3,
-        **_constants(q, strides, bias, cos, causal, backward=True),
-    }
     with torch.cuda.device_of(q):
         if q.numel() > 0 and frames <= ONE_TILE_FRAMES:
             _backward_one_tile[(runs * heads,)](do, *tokens_in, *grads, partials, *options, **constants)
