@@ -97,8 +97,6 @@ def test_bias_rope_causal_and_scale_meet_the_contract(dtype, causal):
 @every_operator
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_given_apart_equals_packed_on_every_backend(operator, backend):
-    if operator is ops.temporal_attention and backend == "cpu":
-        backend = "reference"
     torch.manual_seed(0)
     qkv = torch.randn(2, 4, 17, 3, 2, 32, requires_grad=True)
     parts = [part.detach().requires_grad_() for part in qkv.unbind(3)]
