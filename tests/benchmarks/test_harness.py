@@ -1,6 +1,7 @@
 """The harness: a wrong result gets no speed, variants are timed in turn, buffers outgrow the cache."""
 
 import collections
+import dataclasses
 
 import pytest
 import torch
@@ -89,6 +90,25 @@ def test_a_variant_that_raises_is_recorded_and_the_others_are_timed():
     result, _ = measure(problem_of(broken), CPU, rounds=2)
     assert result["variants"][result["ours"]] == {"correct": False, "failed": "RuntimeError: no such kernel"}
     assert result["variants"]["eager"]["seconds"] > 0
+
+
+def test_ours_is_held_to_the_definition_where_plain_draws_its_own_noise():
+    def random(x, y, gate):
+        return plain(x, y, gate) + torch.randn_like(x)
+
+    problem = dataclasses.replace(problem_of(plain), plain=random, definition=plain)
+    variants = {"plain": Variant(random, baseline=True), "right": Variant(plain), "wrong": Variant(random)}
+    variants["shapeless"] = Variant(lambda x, y, gate: x.sum(), baseline=True)
+    checked = check(problem, variants, make_set(problem, CPU))
+    right = {name: outcome["correct"] for name, outcome in checked.items()}
+    assert right == {"plain": True, "right": True, "wrong": False, "shapeless": False}
+
+
+def test_gradients_may_be_those_of_the_first_inputs_alone():
+    problem = dataclasses.replace(problem_of(plain, backward=True), gradients=1)
+    buffers = make_set(problem, CPU)
+    assert [tensor.requires_grad for tensor in buffers.inputs] == [True, False, False]
+    assert len(evaluate(plain, buffers)) == 2
 
 
 def test_overhead_has_no_bandwidth():
