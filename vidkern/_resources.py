@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,17 @@ LIBRARY = Path(_extension.__file__).with_name("_C_cuda.so")
 _ARCH = re.compile(r"^arch = (\w+)", re.M)
 _FUNCTION = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _FILE = re.compile(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+)_cu_")  # nvcc's name for a file's anonymous namespace
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One kernel with its template arguments in the library, compiled for one target."""
+
+    target: str  # "sm_80"
+    name: str  # mangled
+    registers: int  # a thread
+    shared_bytes: int  # a block
+    local_bytes: int  # stack and spills of a thread
 
 
 @dataclass(frozen=True)
@@ -45,15 +57,21 @@ class Launched:
 
 def compiled() -> tuple[list[Compiled], str | None]:
     """Return (kernels, None) as cuobjdump reads them from the library, or ([], reason)."""
+    dump, reason = resource_usage()
+    return ([], reason) if dump is None else (parse(dump), None)
+
+
+def resource_usage() -> tuple[str | None, str | None]:
+    """Return (what ``cuobjdump --dump-resource-usage`` prints of the library, None), or (None, reason)."""
     if not LIBRARY.exists():
-        return [], f"{LIBRARY.name} is not built"
+        return None, f"{LIBRARY.name} is not built"
     tool = _cuobjdump()
     if tool is None:
-        return [], "cuobjdump is neither on PATH nor in triton"
+        return None, "cuobjdump is neither on PATH nor in triton"
     done = subprocess.run([tool, "--dump-resource-usage", LIBRARY], capture_output=True, text=True)
     if done.returncode:
-        return [], f"cuobjdump does not read {LIBRARY.name}: {(done.stdout + done.stderr).strip().splitlines()[-1:]}"
-    return parse(done.stdout), None
+        return None, f"cuobjdump does not read {LIBRARY.name}: {(done.stdout + done.stderr).strip().splitlines()[-1:]}"
+    return done.stdout, None
 
 
 def _cuobjdump() -> str | None:
@@ -62,16 +80,23 @@ def _cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or next((shutil.which("cuobjdump", path=str(f)) for f in folders), None)
 
 
-def parse(dump: str) -> list[Compiled]:
-    """Return the kernels of what ``cuobjdump --dump-resource-usage`` prints."""
-    groups: dict[tuple[str, str, str], list[list[int]]] = defaultdict(list)
+def instances(dump: str) -> Iterator[Instance]:
+    """Yield every kernel of what ``cuobjdump --dump-resource-usage`` prints."""
     _, *sections = _ARCH.split(dump)
     for target, section in zip(sections[::2], sections[1::2], strict=True):
         for name, *usage in _FUNCTION.findall(section):
-            *namespaces, kernel = _identifiers(name)
-            source = next((f"{file[1]}.cu" for file in map(_FILE.match, namespaces) if file), "")
-            groups[target, source, kernel].append([int(number) for number in usage])
-    return [_compiled(key, usages) for key, usages in sorted(groups.items())]
+            registers, stack, shared, local = map(int, usage)
+            yield Instance(target, name, registers, shared, stack + local)
+
+
+def parse(dump: str) -> list[Compiled]:
+    """Return the kernels of what ``cuobjdump --dump-resource-usage`` prints, their instances together."""
+    groups: dict[tuple[str, str, str], list[Instance]] = defaultdict(list)
+    for instance in instances(dump):
+        *namespaces, kernel = _identifiers(instance.name)
+        source = next((f"{file[1]}.cu" for file in map(_FILE.match, namespaces) if file), "")
+        groups[instance.target, source, kernel].append(instance)
+    return [_compiled(key, found) for key, found in sorted(groups.items())]
 
 
 def _identifiers(mangled: str) -> list[str]:
@@ -84,10 +109,11 @@ def _identifiers(mangled: str) -> list[str]:
     return found or [mangled]
 
 
-def _compiled(key: tuple[str, str, str], usages: list[list[int]]) -> Compiled:
-    registers, stack, shared, local = zip(*usages, strict=True)
-    local_bytes = max(map(sum, zip(stack, local, strict=True)))
-    return Compiled(*key, len(usages), (min(registers), max(registers)), max(shared), local_bytes)
+def _compiled(key: tuple[str, str, str], found: list[Instance]) -> Compiled:
+    registers = [instance.registers for instance in found]
+    shared_bytes = max(instance.shared_bytes for instance in found)
+    local_bytes = max(instance.local_bytes for instance in found)
+    return Compiled(*key, len(found), (min(registers), max(registers)), shared_bytes, local_bytes)
 
 
 def launched() -> tuple[list[Launched], str | None]:
