@@ -94,7 +94,7 @@ def normal_problem(clips: Clips, dtype: torch.dtype) -> Problem:
     )
 
 
-def add_noise_problem(clips: Clips, dtype: torch.dtype, sharing: str) -> Problem:
+def add_noise_problem(clips: Clips, dtype: torch.dtype, sharing: str, backward: bool = False) -> Problem:
     """Return forward diffusion; public code gathers a level per frame from its schedule, as ours is given it."""
 
     def ours(x0: Tensor, alpha: Tensor, sigma: Tensor, key: Tensor) -> Tensor:
@@ -113,7 +113,8 @@ def add_noise_problem(clips: Clips, dtype: torch.dtype, sharing: str) -> Problem
         shape_name=f"{clips.name} {sharing}",
         shape=clips.shape,
         dtype=dtype,
-        backward=False,
+        backward=backward,
+        gradients=1,
         ours=ours,
         plain=plain,
         definition=definition,
@@ -122,7 +123,7 @@ def add_noise_problem(clips: Clips, dtype: torch.dtype, sharing: str) -> Problem
             *make_levels(clips, device),
             make_key(device),
         ],
-        traffic_bytes=2 * clips.elements * dtype.itemsize,
+        traffic_bytes=(2 + 2 * backward) * clips.elements * dtype.itemsize,
     )
 
 
@@ -179,7 +180,7 @@ def small_problems() -> list[Problem]:
     dtypes = (torch.float32, torch.bfloat16)
     cases: list[Callable[[torch.dtype], Problem]] = [
         lambda dtype: normal_problem(clips, dtype),
-        *(lambda dtype, mode=mode: add_noise_problem(clips, dtype, mode) for mode in SHARING),
+        *(lambda dtype, mode=mode: add_noise_problem(clips, dtype, mode, True) for mode in SHARING),
         lambda dtype: mse_problem(clips, dtype, True),
     ]
     return [case(dtype) for case in cases for dtype in dtypes]
