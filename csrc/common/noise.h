@@ -130,4 +130,18 @@ inline Tensor empty_levels(const Tensor& clip) {  // float32 (B, F)
   return empty_beside(clip, {clip.size(0), clip.size(1)}, ScalarType::Float);
 }
 
+// The operators' schemas, the same in every compiled library.
+template <typename Library>
+void define_noise(Library& m) {
+  m.def("philox_normal(int[] shape, Tensor key, str sharing, Tensor? base_weight, int sample_offset,"
+        " ScalarType dtype) -> Tensor");
+  m.def("add_noise(Tensor x0, Tensor alpha, Tensor sigma, Tensor key, str? target, str sharing, Tensor? base_weight,"
+        " int sample_offset) -> (Tensor, Tensor)");
+  m.def("add_noise_backward(Tensor? dx_t, Tensor? dtarget, Tensor x0, Tensor alpha, Tensor sigma, Tensor key,"
+        " str? target, str sharing, Tensor? base_weight, int sample_offset) -> (Tensor, Tensor, Tensor)");
+  m.def("diffusion_mse(Tensor pred, Tensor x0, Tensor alpha, Tensor sigma, Tensor key, str prediction, str sharing,"
+        " Tensor? base_weight, int sample_offset) -> (Tensor, Tensor)");
+  m.def("diffusion_mse_backward(Tensor dmse, Tensor residual) -> Tensor");
+}
+
 }  // namespace vidkern

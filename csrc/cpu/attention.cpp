@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/attention.h"
 #include "common/tensor.h"
 #include "cpu/attention_matrix.h"
 
@@ -449,16 +450,7 @@ std::tuple<Tensor, Tensor> temporal_attention_packed_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cpu, m) {
-  m.def("temporal_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? cos, Tensor? sin, float scale,"
-        " bool causal) -> Tensor");
-  m.def("temporal_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? cos, Tensor? sin,"
-        " float scale, bool causal, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("temporal_attention_packed(Tensor qkv, Tensor? bias, Tensor? cos, Tensor? sin, float scale, bool causal)"
-        " -> Tensor");
-  m.def("temporal_attention_packed_backward(Tensor do, Tensor qkv, Tensor? bias, Tensor? cos, Tensor? sin,"
-        " float scale, bool causal, bool bias_grad) -> (Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cpu, m) { define_temporal_attention(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(vidkern_cpu, CPU, m) {
   m.impl("temporal_attention", TORCH_BOX(&temporal_attention));

@@ -400,17 +400,7 @@ Tensor diffusion_mse_backward(const Tensor& dmse, const Tensor& residual) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cpu, m) {
-  m.def("philox_normal(int[] shape, Tensor key, str sharing, Tensor? base_weight, int sample_offset,"
-        " ScalarType dtype) -> Tensor");
-  m.def("add_noise(Tensor x0, Tensor alpha, Tensor sigma, Tensor key, str? target, str sharing, Tensor? base_weight,"
-        " int sample_offset) -> (Tensor, Tensor)");
-  m.def("add_noise_backward(Tensor? dx_t, Tensor? dtarget, Tensor x0, Tensor alpha, Tensor sigma, Tensor key,"
-        " str? target, str sharing, Tensor? base_weight, int sample_offset) -> (Tensor, Tensor, Tensor)");
-  m.def("diffusion_mse(Tensor pred, Tensor x0, Tensor alpha, Tensor sigma, Tensor key, str prediction, str sharing,"
-        " Tensor? base_weight, int sample_offset) -> (Tensor, Tensor)");
-  m.def("diffusion_mse_backward(Tensor dmse, Tensor residual) -> Tensor");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cpu, m) { define_noise(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(vidkern_cpu, CPU, m) {
   m.impl("philox_normal", TORCH_BOX(&philox_normal));

@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/attention.h"
 #include "common/device.h"
 #include "cuda/attention.h"
 
@@ -151,16 +152,7 @@ std::tuple<Tensor, Tensor> temporal_attention_packed_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cuda, m) {
-  m.def("temporal_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? cos, Tensor? sin, float scale,"
-        " bool causal) -> Tensor");
-  m.def("temporal_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? cos, Tensor? sin,"
-        " float scale, bool causal, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("temporal_attention_packed(Tensor qkv, Tensor? bias, Tensor? cos, Tensor? sin, float scale, bool causal)"
-        " -> Tensor");
-  m.def("temporal_attention_packed_backward(Tensor do, Tensor qkv, Tensor? bias, Tensor? cos, Tensor? sin,"
-        " float scale, bool causal, bool bias_grad) -> (Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cuda, m) { define_temporal_attention(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(vidkern_cuda, VIDKERN_CUDA_KEY, m) {
   m.impl("temporal_attention", TORCH_BOX(&temporal_attention));

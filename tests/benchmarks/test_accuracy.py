@@ -7,6 +7,7 @@ import torch
 from benchmarks import accuracy
 from benchmarks.report import BEGIN, END
 from tests.ops import modulation_cases as cases
+from tests.ops.backends import kernels_of
 
 RECORD = {
     "environment": {
@@ -49,7 +50,7 @@ def test_the_table_shows_the_worst_result_of_every_backend(tmp_path):
 
 def test_the_measured_cases_are_the_tests_own():
     case = next(case for case in cases.CASES if case.dtype == torch.bfloat16)
-    found = cases.deviations(cases.kernels_of("cpu"), "gate_residual_modulate", case)
+    found = cases.deviations(kernels_of("modulation", "cpu"), "gate_residual_modulate", case)
     assert list(found) == ["z", "h", "dx", "dy", "dgate", "dshift", "dscale"]
     assert all(0 <= deviation.ours <= deviation.bound for deviation in found.values())
     assert all(deviation.plain > 0 for deviation in found.values())

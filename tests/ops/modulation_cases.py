@@ -1,22 +1,18 @@
-"""The modulation family's kernels by backend, the inputs they are held to, and the float64 truth beside them.
+"""The inputs that the modulation family's kernels are held to, and the float64 truth beside them.
 
 The tests (test_modulation_kernels.py) and the accuracy table (benchmarks/accuracy.py) go through the same cases.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tests.emulator import build
+from tests.ops.backends import Kernels
 from tests.ops.common import Deviation, deviation
 from tests.ops.test_modulation import OPERATORS as PUBLIC_OPERATORS
-from vidkern import _extension
-from vidkern.ops.modulation import reference, triton_kernels
+from vidkern.ops.modulation import reference
 
 EPS = 1e-6
 BACKENDS = ("cpu", "triton", "cuda")
@@ -27,31 +23,6 @@ OPERATORS = tuple(PLAIN)
 RESIDUAL_NORMS = ("gate_residual_modulate", "gate_residual_rms_modulate")
 
 Tensors = Mapping[str, Tensor | None]
-
-
-class Kernels(NamedTuple):
-    """One backend's operators by name, without dispatch and autograd, and where their tensors must lie."""
-
-    find: Callable[[str], Callable[..., Any]]
-    device: str
-
-
-def kernels_of(backend: str) -> Kernels:
-    """Return a backend's kernels; without a GPU, CUDA runs on the emulator and Triton in its interpreter."""
-    device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
-    if backend == "triton":
-        return Kernels(lambda name: getattr(triton_kernels, name), device)
-    if backend == "cuda" and device == "cpu":
-        return Kernels(lambda name: getattr(_emulator(), name), device)
-    assert _extension.missing[backend] is None, _extension.missing[backend]
-    return Kernels(lambda name: getattr(getattr(torch.ops, f"vidkern_{backend}"), name), device)
-
-
-@cache
-def _emulator() -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        build.load([build.ROOT / "csrc/cuda/modulation.cu"], "vidkern_emulator", Path(folder))
-    return torch.ops.vidkern_emulator
 
 
 def argument_names(name: str) -> list[str]:

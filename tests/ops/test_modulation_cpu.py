@@ -7,6 +7,7 @@ import torch
 
 import vidkern
 from tests.ops import modulation_cases as cases
+from tests.ops.backends import kernels_of
 from tests.ops.common import KERNEL_DTYPES, assert_value_and_grads
 from tests.ops.test_modulation import OPERATORS, every_dtype, inputs_of
 from vidkern import _library, ops
@@ -35,7 +36,7 @@ def test_the_same_bits_for_every_number_of_threads(name, dtype):
     try:
         for threads in (1, 2, 2, 3):
             torch.set_num_threads(threads)
-            runs.append(cases.run(cases.kernels_of("cpu").find, name, inputs, upstream))
+            runs.append(cases.run(kernels_of("modulation", "cpu").find, name, inputs, upstream))
     finally:
         torch.set_num_threads(before)
     for run in runs[1:]:

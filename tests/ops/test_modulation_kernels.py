@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tests import triton_aot
 from tests.ops import modulation_cases as cases
+from tests.ops.backends import Kernels, kernels_of
 from tests.ops.common import KERNEL_DTYPES, assert_contract, poisoned_empty
-from tests.ops.modulation_cases import EPS, Kernels, Tensors, exact_results, make_inputs, make_upstream, plain_results
+from tests.ops.modulation_cases import EPS, Tensors, exact_results, make_inputs, make_upstream, plain_results
 from vidkern import _library
 from vidkern.ops.modulation import triton_kernels
 
@@ -23,7 +24,7 @@ every_residual_norm = pytest.mark.parametrize("name", cases.RESIDUAL_NORMS)
 @pytest.fixture(params=cases.BACKENDS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     torch.manual_seed(0)
-    return cases.kernels_of(request.param)
+    return kernels_of("modulation", request.param)
 
 
 def run(kernels: Kernels, name: str, inputs: Tensors, upstream: Tensors) -> dict[str, Tensor]:

@@ -1,10 +1,7 @@
 """The noise kernels, each against the definition bit for bit: C++, and CUDA (on the emulator without a GPU)."""
 
-import tempfile
 from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import scipy.stats
@@ -14,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vidkern
-from tests.emulator import build
+from tests.ops.backends import Kernels, kernels_of
 from tests.ops.common import KERNEL_DTYPES, assert_contract, poisoned_empty
-from vidkern import _extension, _library, ops
+from vidkern import _library, ops
 from vidkern.ops.noise import reference
 
 BACKENDS = ("cpu", "cuda")
@@ -34,33 +31,10 @@ every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-class Kernels(NamedTuple):
-    """One backend's operators by name, without dispatch and autograd, and where their tensors must lie."""
-
-    find: Callable[[str], Callable[..., Any]]
-    device: str
-
-
-def kernels_of(backend: str) -> Kernels:
-    """Return a backend's kernels; without a GPU, CUDA runs on the emulator."""
-    device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
-    if backend == "cuda" and device == "cpu":
-        return Kernels(lambda name: getattr(_emulator(), name), device)
-    assert _extension.missing[backend] is None, _extension.missing[backend]
-    return Kernels(lambda name: getattr(getattr(torch.ops, f"vidkern_{backend}"), name), device)
-
-
-@cache
-def _emulator() -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        build.load([build.ROOT / "csrc/cuda/noise.cu"], "vidkern_emulator_noise", Path(folder))
-    return torch.ops.vidkern_emulator_noise
-
-
 @pytest.fixture(params=BACKENDS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     torch.manual_seed(0)
-    return kernels_of(request.param)
+    return kernels_of("noise", request.param)
 
 
 def call(kernels: Kernels, name: str, *args: Any) -> Any:
@@ -260,7 +234,7 @@ def test_bits_for_every_shape_and_batch_split(batch, frames, sizes, split, sampl
     shape, split = (batch, frames, *sizes), min(split, batch)
     x0, levels, key = make_clip(shape, "cpu", dtype), make_levels(shape, "cpu"), make_key("cpu")
     weight = make_mode(sharing, shape, "cpu")[1]
-    add_noise = kernels_of("cpu").find("add_noise")
+    add_noise = kernels_of("noise", "cpu").find("add_noise")
     parts = [
         add_noise(x0[at], *(v[at] for v in levels), key, "v", sharing, None if weight is None else weight[at], first)
         for at, first in ((slice(split), sample_offset), (slice(split, None), sample_offset + split))
@@ -276,7 +250,7 @@ def test_the_same_bits_for_every_number_of_threads(threads, sharing):
     shape = (3, 5, 4, 40, 40)
     pred, x0 = make_clip(shape, "cpu", torch.float32), make_clip(shape, "cpu", torch.float32)
     args = (*make_levels(shape, "cpu"), make_key("cpu"), "v", *make_mode(sharing, shape, "cpu"))
-    runs, find = [], kernels_of("cpu").find
+    runs, find = [], kernels_of("noise", "cpu").find
     for count in (1, 2, 3, 2):
         threads(count)
         runs.append([*find("diffusion_mse")(pred, x0, *args), *find("add_noise_backward")(pred, x0, x0, *args)])
@@ -297,7 +271,7 @@ DRAWS, BINS, EDGE = 96, 4096, 6.0  # 10^8 numbers, a million at a time
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:
     """Return the sums of powers, the histogram, and the sums of products with neighbours, over 10^8 numbers."""
-    philox_normal = kernels_of("cpu").find("philox_normal")
+    philox_normal = kernels_of("noise", "cpu").find("philox_normal")
     shape, key = [2, 2, 2**18], make_key("cpu")
     moments, histogram = torch.zeros(4, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
     tails, products = dict.fromkeys((3, 4, 5, 6), 0), dict.fromkeys(("lanes", "groups", "frames", "samples"), (0.0, 0))

@@ -3,16 +3,15 @@
 import importlib
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.emulator import build
+from tests.ops.backends import kernels_of
 from tests.ops.common import KERNEL_DTYPES, assert_contract, poisoned_empty
 from tests.ops.test_attention import plain_temporal, rope_tables
-from vidkern import _extension
 from vidkern.ops.attention import reference
 
 NAMES = (
@@ -59,35 +58,14 @@ class Options(NamedTuple):
         return Options(*(x.double() if isinstance(x, Tensor) else x for x in self))
 
 
-def kernels_in(holder: Any, device: str) -> Kernels:
-    return Kernels(*(getattr(holder, name) for name in NAMES), device)
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> str:
-    name = "vidkern_emulator_attention"
-    sources = sorted((build.ROOT / "csrc/cuda").glob("attention*.cu"))
-    assert sources, "csrc/cuda/attention.cu is not written"
-    build.load(sources, name, tmp_path_factory.mktemp("emulator"))
-    return name
+def attention_kernels(backend: str) -> Kernels:
+    find, device = kernels_of("attention", backend)
+    return Kernels(*map(find, NAMES), device)
 
 
 @pytest.fixture(params=["cpu", "cuda", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if request.param == "triton":
-        return kernels_in(importlib.import_module("vidkern.ops.attention.triton_kernels"), device)
-    if request.param == "cpu":
-        return cpu_kernels()
-    if device == "cuda":
-        assert _extension.missing["cuda"] is None, _extension.missing["cuda"]
-        return kernels_in(torch.ops.vidkern_cuda, device)
-    return kernels_in(getattr(torch.ops, request.getfixturevalue("emulator")), device)
-
-
-def cpu_kernels() -> Kernels:
-    assert _extension.missing["cpu"] is None, _extension.missing["cpu"]
-    return kernels_in(torch.ops.vidkern_cpu, "cpu")
+    return attention_kernels(request.param)
 
 
 def random_tokens(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -278,13 +256,13 @@ def test_a_ragged_number_of_problems(kernels, shape):
 def test_a_triton_program_adds_up_the_gradient_of_the_bias_over_its_problems(monkeypatch, frames):
     triton_kernels = importlib.import_module("vidkern.ops.attention.triton_kernels")
     monkeypatch.setattr(triton_kernels, "ENOUGH_PROGRAMS", 8)  # so that one takes several
-    kernels, shape = kernels_in(triton_kernels, "cuda" if torch.cuda.is_available() else "cpu"), (1, frames, 9, 2, 32)
+    kernels, shape = attention_kernels("triton"), (1, frames, 9, 2, 32)
     qkv, do = random_tokens(kernels, shape, torch.float32)
     check(kernels, *qkv.unbind(3), do, every_option(kernels, shape, torch.float32))
 
 
 def test_a_hundred_thousand_tokens():
-    kernels, shape = cpu_kernels(), (2, 2, 50000, 1, 32)
+    kernels, shape = attention_kernels("cpu"), (2, 2, 50000, 1, 32)
     qkv, do = random_tokens(kernels, shape, torch.float32)
     options = Options(torch.randn(1, 2, 2, device="cpu"))
     ours = run(kernels, *qkv.unbind(3), do, options)
@@ -318,7 +296,7 @@ def test_the_same_call_gives_the_same_bits(kernels, frames):
 
 @every_dtype
 def test_bits_do_not_depend_on_the_number_of_threads(dtype):
-    kernels, shape = cpu_kernels(), (3, 9, 100, 3, 72)
+    kernels, shape = attention_kernels("cpu"), (3, 9, 100, 3, 72)
     qkv, do = random_tokens(kernels, shape, dtype)
     options = every_option(kernels, shape, dtype)
     threads, results = torch.get_num_threads(), []
