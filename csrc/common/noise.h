@@ -61,7 +61,37 @@ struct Noise {
     return philox::Key::fold(seed_and_offset[0], seed_and_offset[key_stride]);
   }
 
+  // The counter's last word: of a frame's own numbers, of those that the frames of a sample share.
+  VIDKERN_HOST_DEVICE uint32_t own_stream(int64_t, int64_t) const { return philox::kFrameStream; }
+  VIDKERN_HOST_DEVICE uint32_t base_stream(int64_t) const { return philox::kBaseStream; }
+
   VIDKERN_HOST_DEVICE bool draws_base() const { return sharing == Sharing::shared || sharing == Sharing::mixed; }
+};
+
+struct Timesteps {  // int64 (B, F), any strides
+  const int64_t* data;
+  int64_t stride_b, stride_f;
+
+  VIDKERN_HOST_DEVICE int64_t at(int64_t b, int64_t f) const { return data[b * stride_b + f * stride_f]; }
+};
+
+struct StepNoise : Noise {  // of a sampler's step: another timestep is other noise
+  Timesteps t;
+  int64_t frames;
+
+  VIDKERN_HOST_DEVICE uint32_t own_stream(int64_t b, int64_t f) const {
+    return philox::kStepFrameStream | step_word(t.at(b, f));
+  }
+
+  VIDKERN_HOST_DEVICE uint32_t base_stream(int64_t b) const {
+    int64_t latest = t.at(b, 0);
+    for (int64_t f = 1; f < frames; ++f) latest = t.at(b, f) > latest ? t.at(b, f) : latest;
+    return philox::kStepBaseStream | step_word(latest);
+  }
+
+  VIDKERN_HOST_DEVICE static uint32_t step_word(int64_t step) {
+    return static_cast<uint32_t>(step) << philox::kStreamBits;
+  }
 };
 
 // What a model regresses on, of clean x, noise n and the frame's levels.
@@ -96,6 +126,8 @@ inline Clip contiguous_clip(const Tensor& t) {  // (B, F, ...), contiguous
   const bool aligned = n * static_cast<int64_t>(t.element_size()) % 16 == 0;
   return {t.data_ptr(), dtype_of(t), frames.f * n, n, n, n, 1, 1, n, true, aligned};
 }
+
+inline Timesteps timesteps_of(const Tensor& t) { return {t.const_data_ptr<int64_t>(), t.stride(0), t.stride(1)}; }
 
 inline Levels levels_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0), t.stride(1)}; }
 

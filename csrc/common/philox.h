@@ -26,6 +26,7 @@ constexpr uint32_t kIncrement0 = 0x9E3779B9, kIncrement1 = 0xBB67AE85;
 constexpr uint64_t kOffsetMultiplier = 0x9E3779B97F4A7C15;
 
 enum Stream : uint32_t { kFrameStream, kBaseStream, kStepFrameStream, kStepBaseStream };
+constexpr int kStreamBits = 8;  // of word 3; a sampler's timestep has the others
 
 struct Words {  // of a counter (group, frame or 0, sample, stream + 256 * step), or of what Philox makes of it
   uint32_t w0, w1, w2, w3;
