@@ -16,7 +16,7 @@ from vidkern.ops.modulation import (
     layer_norm_modulate,
     rms_norm_modulate,
 )
-from vidkern.ops.noise import add_noise, diffusion_mse, philox_normal
+from vidkern.ops.noise import add_noise, diffusion_mse, hybrid_loss, philox_normal
 from vidkern.ops.sampling import ddim_step, ddpm_step, flow_step
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "gate_residual",
     "gate_residual_modulate",
     "gate_residual_rms_modulate",
+    "hybrid_loss",
     "joint_attention",
     "layer_norm_modulate",
     "local_global_attention",

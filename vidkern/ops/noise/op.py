@@ -1,4 +1,4 @@
-"""The noise operators: Philox noise, forward diffusion with a timestep per frame, and the loss on its target."""
+"""The noise operators: Philox noise, forward diffusion with a timestep per frame, and the losses on its target."""
 
 from collections.abc import Sequence
 from typing import Any, overload
@@ -189,6 +189,79 @@ def diffusion_mse(
     return mse if weight is None else weight * mse
 
 
+def hybrid_loss(
+    model_out: Tensor,
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    t: Tensor,
+    schedule: Any,
+    key: Tensor,
+    *,
+    prediction: str = "epsilon",
+    weight: Tensor | None = None,
+    sharing: str = "independent",
+    base_weight: float | Tensor | None = None,
+    sample_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return both losses of each frame of a model that also predicts its variance (Nichol & Dhariwal 2021).
+
+        mse[b, f] = weight[b, f] * mean over (C, H, W) of (pred - target)^2, as in :func:`diffusion_mse`
+        vb[b, f] = mean over (C, H, W), in bits, of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
+                   in frames at t > 0, and of -log p(x_0 | x_1) in frames at t = 0
+        log std^2 of p = (v + 1)/2 * log beta + (1 - v)/2 * log beta~
+
+    DiT, Latte and FVDM train with mse + vb. The noise is drawn again from the key, neither x_t nor the x_0 that pred
+    implies is made, and the gradient is prepared in the same pass.
+
+    Args:
+        model_out: (B, F, 2C, H, W), pred and then v, any strides; float32, float16, bfloat16 or float64.
+        x0: (B, F, C, H, W) what was given to :func:`add_noise`; its dtype may differ from model_out's. The
+            likelihood at t = 0 takes it for 8-bit values in [-1, 1].
+        alpha: (B, F), as given to :func:`add_noise`.
+        sigma: as ``alpha``.
+        t: int64 (B, F), any strides, indices into the schedule; one outside of it counts as the nearest inside.
+        schedule: anything with ``posterior_mean_coef``, ``posterior_log_variance`` and ``log_beta``, (T,) float32
+            (float64 too where x0 is float64), such as a variance-preserving :class:`vidkern.diffusion.Schedule`.
+        key: as given to :func:`add_noise`; so are ``sharing``, ``base_weight`` and ``sample_offset``.
+        prediction: what pred estimates: "epsilon", "v", "flow" or "x0", see :func:`diffusion_mse`.
+        weight: None or (B, F) float32, of the mse.
+        sharing: see :func:`philox_normal`.
+        base_weight: see :func:`philox_normal`.
+        sample_offset: see :func:`philox_normal`.
+
+    Returns:
+        (mse, vb), each (B, F) float32 (float64 where model_out or x0 is float64). mse is differentiable in pred and
+        weight, vb in v alone: it does not move the mean. The gradients are taken of factors rounded to model_out's
+        dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, dtype, shape, range or device; x0, alpha or sigma that
+            requires a gradient, which this loss does not have.
+    """
+    shared_weight = _check_diffusion(x0, alpha, sigma, key, sharing, base_weight, sample_offset)
+    for name, constant in (("x0", x0), ("alpha", alpha), ("sigma", sigma)):
+        if constant.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: hybrid_loss is differentiated by model_out alone")
+    batch, frames, channels, *size = x0.shape
+    _check.is_tensor("model_out", model_out)
+    _check.has_shape("model_out", model_out, (batch, frames, 2 * channels, *size), "(B, F, 2C, H, W)")
+    _check.has_dtype("model_out", model_out, _check.FLOATS)
+    _check.same_device("model_out", model_out, "x0", x0)
+    _check.is_tensor("t", t)
+    _check.has_shape("t", t, (batch, frames), "(B, F)")
+    _check.has_dtype("t", t, (torch.int64,))
+    _check.same_device("t", t, "x0", x0)
+    tables = _check_tables(schedule, x0)
+    check_choice("prediction", prediction, PREDICTIONS)
+    if weight is not None:
+        _check_level("weight", weight, x0)
+    mse, vb, _, _ = _hybrid_loss(
+        model_out, x0, alpha, sigma, t, *tables, key, prediction, sharing, shared_weight, sample_offset
+    )
+    return (mse if weight is None else weight * mse), vb
+
+
 def _product(sizes: Sequence[int]) -> int:
     product = 1
     for size in sizes:
@@ -226,6 +299,24 @@ def _check_diffusion(
     batch, frames, *rest = x0.shape
     check_counts(batch, frames, _product(rest), sample_offset)
     return weight_per_frame(sharing, base_weight, batch, frames, x0.device)
+
+
+def _check_tables(schedule: Any, x0: Tensor) -> list[Tensor]:
+    """Check and return the schedule's tables of q(x_{t-1} | x_t, x_0) and of beta."""
+    tables: list[Tensor] = []
+    for name in ("posterior_mean_coef", "posterior_log_variance", "log_beta"):
+        table = getattr(schedule, name, None)
+        if not isinstance(table, Tensor):
+            raise TypeError(f"schedule must have a tensor {name!r}, got {type(schedule).__name__} without")
+        name = f"schedule.{name}"
+        _check.has_dims(name, table, "(T)")
+        _check.has_shape(name, table, tables[0].shape if tables else table.shape, "(T,)")
+        _check.has_dtype(name, table, (torch.float32, x0.dtype) if x0.dtype == torch.float64 else (torch.float32,))
+        _check.same_device(name, table, "x0", x0)
+        tables.append(table)
+    if not tables[0].numel():
+        raise ValueError("schedule must have a step, got tables of shape (0,)")
+    return tables
 
 
 def _levels_like(x0: Tensor) -> Tensor:
@@ -294,6 +385,26 @@ _diffusion_mse_backward = _library.define(
     fake=lambda dmse, residual: residual.new_empty(residual.shape),
 )
 
+_hybrid_loss = _library.define(
+    "hybrid_loss(Tensor model_out, Tensor x0, Tensor alpha, Tensor sigma, Tensor t, Tensor posterior_mean_coef,"
+    " Tensor posterior_log_variance, Tensor log_beta, Tensor key, str prediction, str sharing, Tensor? base_weight,"
+    " SymInt sample_offset) -> (Tensor mse, Tensor vb, Tensor factors, Tensor slope)",
+    kernels=_kernels("hybrid_loss"),
+    reference=reference.hybrid_loss,
+    fake=lambda model_out, x0, *_: (
+        *(model_out.new_empty(x0.shape[:2], dtype=reference.wide_dtype(model_out, x0)) for _ in range(2)),
+        model_out.new_empty(model_out.shape),
+        model_out.new_empty(x0.shape[:2], dtype=reference.wide_dtype(model_out, x0)),
+    ),
+)
+
+_hybrid_loss_backward = _library.define(
+    "hybrid_loss_backward(Tensor dmse, Tensor dvb, Tensor factors, Tensor slope) -> Tensor",
+    kernels=_kernels("hybrid_loss_backward"),
+    reference=reference.hybrid_loss_backward,
+    fake=lambda dmse, dvb, factors, slope: factors.new_empty(factors.shape),
+)
+
 
 def _save_add_noise(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x0, alpha, sigma, key, target, sharing, base_weight, sample_offset = inputs
@@ -345,5 +456,20 @@ def _backward_diffusion_mse(ctx: Any, dmse: Tensor | None, *_: None) -> tuple[Te
     return (dpred, *grads, None, None, None, None, None)
 
 
+def _save_hybrid_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, _, factors, slope = output
+    ctx.mark_non_differentiable(factors, slope)
+    ctx.save_for_backward(factors, slope)
+
+
+def _backward_hybrid_loss(ctx: Any, dmse: Tensor | None, dvb: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dmse is None and dvb is None:
+        return (None,) * 13
+    factors, slope = ctx.saved_tensors
+    dmse, dvb = (torch.zeros_like(slope) if grad is None else grad for grad in (dmse, dvb))
+    return (_hybrid_loss_backward(dmse, dvb, factors, slope), *(None,) * 12)
+
+
 _library.differentiate(_add_noise, save=_save_add_noise, backward=_backward_add_noise)
 _library.differentiate(_diffusion_mse, save=_save_diffusion_mse, backward=_backward_diffusion_mse)
+_library.differentiate(_hybrid_loss, save=_save_hybrid_loss, backward=_backward_hybrid_loss)
