@@ -2,7 +2,8 @@
 
 Padding is (time, height, width): time before the first frame only, space around. Each output frame is one conv2d of
 its own window of kT input frames, side by side as channels, so that its bits do not depend on how many frames come
-with it (they do in a conv3d of the clip).
+with it (they do in a conv3d of the clip). Float32 is summed in float64: libraries sum in many orders, and one of them
+is often a few times nearer to the truth than another.
 """
 
 from collections.abc import Sequence
@@ -117,6 +118,10 @@ def pad_backward(
     return grad[:, :, cache.shape[2] :], grad[:, :, : cache.shape[2]]
 
 
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float32 else dtype
+
+
 def _channels_last(x: Tensor) -> Tensor:
     """Return a fresh channels-last copy; what was not asked for (of one dimension) stays as it is."""
     return x.clone(memory_format=_CHANNELS_LAST) if x.dim() == 5 else x
@@ -139,10 +144,13 @@ def causal_conv3d(
         return y
     kernel = weight.shape[2:]
     frames = pad(x, cache, kernel, dilation, time_pad, space_pad)
-    flat = weight.transpose(1, 2).flatten(1, 2)  # (Cout, kT * Cin, kH, kW)
+    wide = _sum_dtype(x.dtype)
+    flat = weight.transpose(1, 2).flatten(1, 2).to(wide)  # (Cout, kT * Cin, kH, kW)
+    bias = None if bias is None else bias.to(wide)
     for j in range(y.shape[2]):
         window = torch.cat([frames[:, :, j * stride[0] + i * dilation[0]] for i in range(kernel[0])], 1)
-        window = window.contiguous(memory_format=torch.channels_last)  # one layout, so one algorithm and its bits
+        # one layout, so one algorithm and its bits
+        window = window.to(wide, memory_format=torch.channels_last)
         y[:, :, j] = F.conv2d(window, flat, bias, stride[1:], dilation=dilation[1:])
     return y if residual is None else y.add_(residual)
 
@@ -162,11 +170,11 @@ def causal_conv3d_backward(
     grads = [torch.zeros_like(x), torch.zeros_like(weight), weight.new_zeros(weight.shape[0])]
     grads.append(x.new_empty(0) if cache is None else torch.zeros_like(cache))
     if dy.numel() > 0:
-        kernel = weight.shape[2:]
+        kernel, wide = weight.shape[2:], _sum_dtype(x.dtype)
         dframes, *rest = torch.ops.aten.convolution_backward(
-            dy,
-            pad(x, cache, kernel, dilation, time_pad, space_pad),
-            weight,
+            dy.to(wide),
+            pad(x, cache, kernel, dilation, time_pad, space_pad).to(wide),
+            weight.to(wide),
             [weight.shape[0]],
             stride,
             [0, 0, 0],
@@ -179,7 +187,9 @@ def causal_conv3d_backward(
         grads[1:3] = rest
         if dframes is not None:
             grads[0], grads[3] = pad_backward(dframes, cache, kernel, dilation, time_pad, space_pad)
-    dx, dweight, dbias, dcache = (grad if want else x.new_empty(0) for grad, want in zip(grads, wanted, strict=True))
+    dx, dweight, dbias, dcache = (
+        grad.to(x.dtype) if want else x.new_empty(0) for grad, want in zip(grads, wanted, strict=True)
+    )
     return _channels_last(dx), dweight.contiguous(), dbias, _channels_last(dcache)
 
 
