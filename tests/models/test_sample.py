@@ -21,7 +21,7 @@ from models.sampling.draw import draw_clips
 from models.sampling.given import read_clip, read_images
 from models.sampling.network import load_network
 from models.training import checkpointing
-from vidkern.diffusion import TASKS, make_schedule
+from vidkern.diffusion import TASKS, graphs, make_schedule
 
 FRAMES, SIZE = 8, 16
 MODEL = {
@@ -169,6 +169,47 @@ def test_a_clip_does_not_depend_on_the_batch_split(task: str, run_dir: Path) -> 
     assert torch.equal(draw(5), whole)
     assert not torch.allclose(draw(5, seed=8), whole, atol=0.1)
     assert not torch.allclose(whole[0], whole[4], atol=0.1)  # both of class 0
+
+
+def test_graph_says_why_there_is_none_and_draws_the_same(
+    run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs._tell.cache_clear()
+    for name, argv in (("plain", []), ("graph", ["--graph"])):
+        assert sample.main(["--checkpoint", str(run_dir), "--out", str(tmp_path / name), *QUICK, *argv]) == 0
+    for path in (tmp_path / "plain").iterdir():
+        assert path.read_bytes() == (tmp_path / "graph" / path.name).read_bytes()
+    assert [message for message in caplog.messages if "CUDA graph" in message] == [
+        "graph=True, but no CUDA graph is used: the device is cpu, not cuda"
+    ]
+
+
+def test_the_networks_step_compiles_once_without_a_graph_break(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --graph captures on a GPU holds nothing that the host does from step to step."""
+    network, _ = load_network(run_dir)
+    options = {
+        "batch_size": 2,
+        "seed": 7,
+        "num_steps": 5,
+        "labels": torch.arange(2),
+        "cfg_scale": 2.0,
+        "precision": "bfloat16",
+        "sampler": "ddpm",
+    }
+    compiled = []
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        graphs, "replayed", lambda step, _: graphs.repeated(torch.compile(step, fullgraph=True, backend=backend))
+    )
+    schedule = make_schedule("linear")
+    drawn = draw_clips(network, schedule, 2, graph=True, **options)
+    assert torch.equal(drawn, draw_clips(network, schedule, 2, **options))
+    assert len(compiled) == 1
 
 
 def test_ema_or_model_weights_from_a_run_a_file_or_an_export(run_dir: Path, tmp_path: Path) -> None:

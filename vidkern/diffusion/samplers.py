@@ -1,5 +1,6 @@
 """Samplers: DDPM, DDIM and flow Euler, for any task pattern, with guidance and given frames kept bit for bit."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vidkern import ops
+from vidkern.diffusion import graphs
 from vidkern.diffusion.schedules import Schedule, respace
 from vidkern.diffusion.tasks import Task, long_video, progressive, standard
 
@@ -39,6 +41,7 @@ def sample(
     base_weight: Tensor | float | None = None,
     step_sharing: str = "independent",
     sample_offset: int = 0,
+    graph: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
     """Draw clips. Inside the loop nothing waits for the device and nothing is copied to it.
@@ -64,6 +67,9 @@ def sample(
         sharing, base_weight: how frames share the starting noise, see ``vidkern.ops.philox_normal``.
         step_sharing: how frames share the noise of the steps, "independent" or "shared".
         sample_offset: the first sample's number in the whole set, so that a clip does not depend on the batch split.
+        graph: on a CUDA device, capture the whole step (both guidance halves, the model, the sampler's step) in a CUDA
+            graph after two steps and replay it, which costs the host one launch a step and gives the same bits. Where
+            that cannot be, steps run as they do without it, and the logger "vidkern" warns once with the reason.
         progress: called after each step as progress(step, num_steps), from 1.
 
     Returns:
@@ -75,30 +81,29 @@ def sample(
     """
     start, shape = (shape, shape.shape) if isinstance(shape, Tensor) else (None, tuple(shape))
     _check(shape, schedule, sampler, task, start, known, init, y, y_null, cfg_scale)
-    timesteps = _timesteps(schedule, task, num_steps, shape)
+    tau, given = _timesteps(schedule, task, num_steps, shape)
     step = _step(sampler, schedule, key, prediction, variance, eta, clip_x0, cfg_scale, step_sharing, sample_offset)
-    evaluate = _evaluator(model, y, y_null, cfg_scale)
 
     if init is None and known is not None and _unwrap(task) is progressive:
         init = known[:, :1].expand(shape)
-    t, hold = timesteps[0]
     noise: dict[str, Any] = {"sharing": sharing, "base_weight": base_weight, "sample_offset": sample_offset}
     if init is not None:
-        x = ops.add_noise(init, *schedule.coefficients(t), key, **noise)
+        x = ops.add_noise(init, *schedule.coefficients(tau[0]), key, **noise)
     elif start is not None:
-        x = start
+        x = start.clone(memory_format=torch.contiguous_format)
     else:
         x = ops.philox_normal(shape, key, dtype=torch.float32, device=schedule.device, **noise)
     if known is not None:
-        x = torch.where(hold[:, :, None, None, None], known, x)
+        x = torch.where(given[0, :, :, None, None, None], known, x).contiguous()
 
-    for i in range(num_steps):
-        (t, hold), (t_prev, _) = timesteps[i], timesteps[i + 1]
-        # a frame whose timestep does not change yet (``progressive``) rests like a given one
-        x = step(x, evaluate(x, t), t, t_prev, hold=hold | (t == t_prev))
+    # a frame whose timestep does not change yet (``progressive``) rests like a given one
+    hold = given[:-1] | (tau[:-1] == tau[1:])
+    run = _Run(x, tau, hold, _evaluator(model, y, y_null, cfg_scale), step)
+    steps = graphs.replayed(run.advance, x.device) if graph else graphs.repeated(run.advance)
+    for i, _ in zip(range(num_steps), steps, strict=False):
         if progress is not None:
             progress(i + 1, num_steps)
-    return x
+    return run.x
 
 
 def sample_long_video(
@@ -124,7 +129,7 @@ def sample_long_video(
         given: how many frames each chunk after the first is given.
         first: float32 (B, F, C, H, W), a known first window; None: it is drawn too.
         progress: called after each step as progress(step, steps of all chunks), from 1.
-        **options: of ``sample``, for every chunk.
+        **options: of ``sample``, for every chunk; ``graph`` captures a graph for each.
 
     Returns:
         float32 (B, F + (chunks - 1) * (F - given), C, H, W).
@@ -190,11 +195,33 @@ def _unwrap(task: Task) -> Callable[..., Any]:
     return task.func if isinstance(task, functools.partial) else task
 
 
-def _timesteps(schedule: Schedule, task: Task, num_steps: int, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """Return (tau, hold) at the start of each step, and at the clean end."""
+def _timesteps(schedule: Schedule, task: Task, num_steps: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return tau and hold, (num_steps + 1, B, F), at the start of each step and at the clean end."""
     steps = [*reversed(respace(schedule.num_steps, num_steps).tolist()), -1]
     clips = (torch.full(shape[:1], t, dtype=torch.int64, device=schedule.device) for t in steps)
-    return [task(t, shape[1]) for t in clips]
+    tau, hold = map(torch.stack, zip(*(task(t, shape[1]) for t in clips), strict=True))
+    return tau, hold
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run's state. A step finds its place on the device, and goes on in place: a CUDA graph can hold it."""
+
+    x: Tensor  # (B, F, C, H, W): what the clips have come to
+    tau: Tensor  # (num_steps + 1, B, F)
+    hold: Tensor  # (num_steps, B, F)
+    evaluate: Callable[[Tensor, Tensor], Tensor]
+    step: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        self.places = torch.arange(2, device=self.x.device)  # in tau: where the next step starts, and where it ends
+
+    def advance(self) -> None:
+        """Take the next step."""
+        t, t_prev = self.tau.index_select(0, self.places)
+        hold = self.hold.index_select(0, self.places[:1])[0]
+        self.x.copy_(self.step(self.x, self.evaluate(self.x, t), t, t_prev, hold=hold))
+        self.places.add_(1)
 
 
 def _shifted(progress: Progress, done: int, total: int) -> Progress:
