@@ -86,7 +86,7 @@ struct Machine {
   Jump scheduler;
   std::function<void()> kernel;
   std::string error;
-  int64_t block = 0, barriers = 0, progress = 0;  // counters that only grow
+  int64_t launches = 0, block = 0, barriers = 0, progress = 0;  // counters that only grow
 
   __attribute__((noipa)) void wait() {
     if (__builtin_setjmp(current->jump) == 0) go_on(scheduler);
@@ -252,6 +252,7 @@ template <typename... Parameters>
 int launch(dim3 grid, dim3 block, void (*kernel)(Parameters...), Parameters... arguments) {
   gridDim = grid, blockDim = block;
   machine.kernel = [&] { kernel(arguments...); };
+  ++machine.launches;
   for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) machine.run_block();
   return 0;
 }

@@ -34,6 +34,14 @@ def test_a_right_kernel_runs(reverse):
         torch.testing.assert_close(reverse(x, 0), x.flip(0) + sum(range(32)))
 
 
+def test_launches_are_counted(reverse):
+    launches = torch.ops.vidkern_faults.launches
+    before = launches()
+    reverse(torch.randn(64, device="cpu"), 0)
+    reverse(torch.randn(64, device="cpu"), 0)
+    assert launches() == before + 2
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_an_error(reverse, fault):
     number, message = FAULTS[fault]

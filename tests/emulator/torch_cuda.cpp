@@ -1,6 +1,10 @@
 // Stands in for the few functions of torch's CUDA library that launchers call: no stream, no device to choose.
+// The operator `launches` tells how many kernels the library has launched.
+#include <cuda_runtime.h>
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/library.h>
 
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
@@ -20,3 +24,8 @@ AOTITorchError torch_c10_cuda_check_msg(int32_t, const char*, const char*, uint3
 }
 
 void torch_c10_cuda_free_error_msg(char*) {}
+
+static int64_t launches() { return emulator::machine.launches; }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cuda, m) { m.def("launches() -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(vidkern_cuda, CompositeExplicitAutograd, m) { m.impl("launches", TORCH_BOX(&launches)); }
