@@ -1,7 +1,19 @@
 """Fused operators that make video diffusion transformers train and sample faster."""
 
-from vidkern import diffusion, nn, ops, rng
+from vidkern import diffusion, integrations, nn, ops, rng
 from vidkern._dispatch import BackendError, backend
+from vidkern.integrations import patch, unpatch
 from vidkern.version import __version__
 
-__all__ = ["BackendError", "__version__", "backend", "diffusion", "nn", "ops", "rng"]
+__all__ = [
+    "BackendError",
+    "__version__",
+    "backend",
+    "diffusion",
+    "integrations",
+    "nn",
+    "ops",
+    "patch",
+    "rng",
+    "unpatch",
+]
