@@ -3,11 +3,13 @@
 import os
 from typing import Any
 
+import torch
+
 
 def enable() -> None:
     """Choose the interpreter, before the first kernel is defined."""
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
     prepare_and_call = InterpretedFunction.__call__
     prepared = set()
@@ -21,3 +23,15 @@ def enable() -> None:
         return function.rewrite()(*args, **kwargs)
 
     InterpretedFunction.__call__ = call
+    InterpreterBuilder.create_fp_trunc = _round
+
+
+def _round(builder: Any, source: Any, to: Any) -> Any:
+    """Round to nearest even: the interpreter cuts bfloat16's last bits off."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+        return builder.cast_impl(source, to)
+    rounded = torch.tensor(source.data).to(torch.bfloat16).view(torch.uint16)
+    return TensorHandle(rounded.numpy(), tl.bfloat16)

@@ -1,4 +1,4 @@
-"""The noise kernels, each against the definition bit for bit: C++, and CUDA (on the emulator without a GPU)."""
+"""The noise kernels, each against the definition bit for bit: C++; Triton and CUDA, interpreted and emulated without a GPU."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +16,7 @@ from tests.ops.common import KERNEL_DTYPES, assert_contract, poisoned_empty
 from vidkern import _library, ops
 from vidkern.ops.noise import reference
 
-BACKENDS = ("cpu", "cuda")
+BACKENDS = ("cpu", "triton", "cuda")
 OPERATORS = ("philox_normal", "add_noise", "add_noise_backward", "diffusion_mse", "diffusion_mse_backward")
 SHARING = ("independent", "shared", "mixed", "progressive")
 PREDICTIONS = ("epsilon", "v", "flow", "x0")
