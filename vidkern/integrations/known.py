@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vidkern._dispatch import log
-from vidkern.integrations import wan_vae
+from vidkern.integrations import cogvideox, latte, skyreels_v2, wan, wan_vae
 from vidkern.integrations.patching import Refusal, Report, roots
 
 
@@ -25,7 +25,13 @@ class Integration:
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
-KNOWN = (Integration(wan_vae.recognises, wan_vae.apply_vidkern_to_wan_vae),)
+KNOWN = (
+    Integration(cogvideox.recognises, cogvideox.apply_vidkern_to_cogvideox),
+    Integration(latte.recognises, latte.apply_vidkern_to_latte),
+    Integration(skyreels_v2.recognises, skyreels_v2.apply_vidkern_to_skyreels_v2),
+    Integration(wan.recognises, wan.apply_vidkern_to_wan),
+    Integration(wan_vae.recognises, wan_vae.apply_vidkern_to_wan_vae),
+)
 
 
 def patch(model: Any, **switches: Any) -> Report:

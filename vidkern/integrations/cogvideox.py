@@ -1,0 +1,110 @@
+"""diffusers' CogVideoXTransformer3DModel with fused modulation of text and video."""
+
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidkern.integrations import tokens
+from vidkern.integrations.patching import Plan, Report, check_class, check_source, check_unhooked, is_a
+
+MODEL = "diffusers.models.transformers.cogvideox_transformer_3d.CogVideoXTransformer3DModel"
+BLOCK = "diffusers.models.transformers.cogvideox_transformer_3d.CogVideoXBlock"
+NORM_ZERO = "diffusers.models.normalization.CogVideoXLayerNormZero"
+NORM_OUT = "diffusers.models.normalization.AdaLayerNorm"
+LAYER_NORM = "torch.nn.modules.normalization.LayerNorm"
+
+#: The code that the replacements were written for: diffusers 0.42.
+SOURCES = MappingProxyType({BLOCK: "f27caf0be5d9", NORM_ZERO: "8e8e6c80a6b8", NORM_OUT: "89c29c0e0e59"})
+
+
+def recognises(module: nn.Module) -> bool:
+    """Return whether a module is a CogVideoXTransformer3DModel or a subclass."""
+    return is_a(module, MODEL)
+
+
+def apply_vidkern_to_cogvideox(model: nn.Module) -> Report:
+    """Speed up diffusers' CogVideoXTransformer3DModel in place; results stay the same.
+
+    In each block, and before the output, norm with its weights, shift, scale, gate and residual of the text and of the
+    video run in vidkern's fused operators.
+
+    Args:
+        model: a CogVideoXTransformer3DModel of diffusers 0.42, not of a subclass.
+
+    Returns:
+        What was changed.
+
+    Raises:
+        ValueError: the model is of a subclass or of another version, or somebody else has replaced one of its forwards.
+    """
+    _check(model)
+    plan = Plan(model)
+    for block in model.get_submodule("transformer_blocks").children():
+        plan.replace(
+            block, "forward", block_forward, "block: fused norm, modulation, gate and residual, text and video"
+        )
+    plan.replace(model.get_submodule("norm_out"), "forward", norm_out_forward, "output norm: fused modulation")
+    return plan.apply()
+
+
+def _check(model: Any) -> None:
+    check_class(model, MODEL)
+    tokens.check_width(model.proj_out.in_features)
+    _check_part(model.norm_out, NORM_OUT, "norm_out")
+    if model.norm_out.chunk_dim != 1 or model.norm_out.emb is not None:
+        raise ValueError("norm_out must take its condition as temb, with chunk_dim 1")
+    for i, block in enumerate(model.transformer_blocks):
+        check_class(block, BLOCK, f"transformer_blocks.{i}")
+        check_source(type(block), {"forward": SOURCES[BLOCK]})
+        for name in ("norm1", "norm2"):
+            where = f"transformer_blocks.{i}.{name}"
+            _check_part(getattr(block, name), NORM_ZERO, where)
+            check_unhooked(getattr(block, name), where)
+
+
+def _check_part(module: Any, path: str, where: str) -> None:
+    check_class(module, path, where)
+    check_source(type(module), {"forward": SOURCES[path]})
+    check_class(module.norm, LAYER_NORM, f"{where}.norm")
+    check_unhooked(module.norm, f"{where}.norm")
+
+
+def block_forward(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run a CogVideoXBlock: video (B, L, D) and text (B, T, D), each one frame of tokens to the operators."""
+    shift, scale, gate, text_shift, text_scale, text_gate = _vectors(self.norm1, temb)
+    video, text = hidden_states.unsqueeze(1), encoder_hidden_states.unsqueeze(1)
+    y, text_y = self.attn1(
+        hidden_states=tokens.modulate(video, self.norm1.norm, shift, scale).squeeze(1),
+        encoder_hidden_states=tokens.modulate(text, self.norm1.norm, text_shift, text_scale).squeeze(1),
+        image_rotary_emb=image_rotary_emb,
+        **(attention_kwargs or {}),
+    )
+    shift, scale, next_gate, text_shift, text_scale, next_text_gate = _vectors(self.norm2, temb)
+    norm = self.norm2.norm
+    video, h = tokens.gate_residual_modulate(video, y.unsqueeze(1), gate, norm, shift, scale)
+    text, text_h = tokens.gate_residual_modulate(text, text_y.unsqueeze(1), text_gate, norm, text_shift, text_scale)
+    y = self.ff(torch.cat([text_h, h], dim=2))
+    text_y, y = y.split([text.shape[2], video.shape[2]], dim=2)
+    video = tokens.gate_residual(video, y, next_gate)
+    text = tokens.gate_residual(text, text_y, next_text_gate)
+    return video.squeeze(1), text.squeeze(1)
+
+
+def _vectors(norm: Any, temb: Tensor) -> tuple[Tensor, ...]:
+    """Return shift, scale and gate of the video, then of the text, each (B, 1, D)."""
+    return norm.linear(norm.silu(temb)).unsqueeze(1).chunk(6, dim=-1)
+
+
+def norm_out_forward(self: Any, x: Tensor, timestep: Tensor | None = None, temb: Tensor | None = None) -> Tensor:
+    """Run an AdaLayerNorm with its condition in temb: (B, L, D) -> (B, L, D)."""
+    shift, scale = self.linear(self.silu(temb)).unsqueeze(1).chunk(2, dim=-1)
+    return tokens.modulate(x.unsqueeze(1), self.norm, shift, scale).squeeze(1)
