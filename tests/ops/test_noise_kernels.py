@@ -1,16 +1,16 @@
-"""The noise kernels, each against the definition bit for bit: C++; Triton and CUDA, interpreted and emulated without a GPU."""
+"""The noise kernels have the definition's bits: C++; Triton (interpreted) and CUDA (emulated) without a GPU."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import vidkern
+from tests.ops import noise_statistics
 from tests.ops.backends import Kernels, kernels_of
 from tests.ops.common import KERNEL_DTYPES, assert_contract, poisoned_empty
 from vidkern import _library, ops
@@ -265,67 +265,32 @@ def test_float64_is_left_to_the_reference():
         ops.add_noise(x0, torch.rand(1, 2), torch.rand(1, 2), make_key("cpu"))
 
 
-DRAWS, BINS, EDGE = 96, 4096, 6.0  # 10^8 numbers, a million at a time
+def test_statistics_of_a_hundred_million():
+    with vidkern.backend("cpu"):
+        counts = noise_statistics.count("cpu")
+    assert counts.numbers > 10**8
+    found = noise_statistics.statistics(counts)
+    assert len(found) > 20
+    assert not [statistic for statistic in found if statistic.p < 1e-3]
 
 
-@pytest.fixture(scope="module")
-def counted() -> dict[str, Any]:
-    """Return the sums of powers, the histogram, and the sums of products with neighbours, over 10^8 numbers."""
-    philox_normal = kernels_of("noise", "cpu").find("philox_normal")
-    shape, key = [2, 2, 2**18], make_key("cpu")
-    moments, histogram = torch.zeros(4, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
-    tails, products = dict.fromkeys((3, 4, 5, 6), 0), dict.fromkeys(("lanes", "groups", "frames", "samples"), (0.0, 0))
-
-    def multiply(name: str, a: Tensor, b: Tensor) -> None:
-        total, count = products.get(name, (0.0, 0))
-        products[name] = total + float(torch.dot(a.flatten().double(), b.flatten().double())), count + a.numel()
-
-    for i in range(DRAWS):
-        x = philox_normal(shape, key, "independent", None, 2 * i, torch.float32)
-        wide = x.flatten().double()
-        square = wide * wide
-        moments += torch.stack([wide.sum(), square.sum(), torch.dot(square, wide), torch.dot(square, square)])
-        histogram += torch.histc(x, BINS, -EDGE, EDGE)
-        for tail in tails:
-            tails[tail] += int((square > tail**2).sum())
-        multiply("lanes", x[..., 0::4], x[..., 1::4])
-        multiply("groups", x[..., :-4], x[..., 4:])
-        multiply("frames", x[:, 0], x[:, 1])
-        multiply("samples", x[0], x[1])
-        for name, other in (("seeds", make_key("cpu", 20261122)), ("offsets", make_key("cpu", offset=8))):
-            multiply(name, x, philox_normal(shape, other, "independent", None, 2 * i, torch.float32))
-        multiply("streams", x[:, :1], philox_normal([2, 1, 2**18], key, "shared", None, 2 * i, torch.float32))
-    return {"n": DRAWS * 2**20, "moments": moments, "histogram": histogram, "tails": tails, "products": products}
-
-
-def test_moments_of_a_hundred_million(counted):
-    n = counted["n"]
-    for order, (wanted, variance) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], start=1):
-        assert abs(float(counted["moments"][order - 1]) / n - wanted) < 4 * (variance / n) ** 0.5, f"moment {order}"
-
-
-def test_tails_of_a_hundred_million(counted):
-    for tail, count in counted["tails"].items():
-        expected = 2 * scipy.stats.norm.sf(tail) * counted["n"]
-        assert scipy.stats.poisson.sf(count - 1, expected) > 1e-4, f"too many above {tail}: {count}, {expected:.1f}"
-        assert scipy.stats.poisson.cdf(count, expected) > 1e-4, f"too few above {tail}: {count}, {expected:.1f}"
-
-
-def test_distribution_of_a_hundred_million(counted):
-    edges = torch.linspace(-EDGE, EDGE, BINS + 1, dtype=torch.float64)
-    below = torch.special.ndtr(edges)
-    cumulative = counted["histogram"].cumsum(0) / counted["n"]
-    distance = float((cumulative - below[1:]).abs().max())  # Kolmogorov-Smirnov, at the edges
-    assert scipy.stats.kstwobign.sf(distance * counted["n"] ** 0.5) > 1e-3
-    expected = below.diff() * counted["n"]
-    filled = expected > 20
-    chi_square = ((counted["histogram"] - expected) ** 2 / expected)[filled].sum()
-    assert scipy.stats.chi2.sf(float(chi_square), int(filled.sum())) > 1e-3
-
-
-def test_neighbours_of_a_hundred_million_are_independent(counted):
-    for name, (total, count) in counted["products"].items():
-        assert abs(total / count) < 4.5 / count**0.5, name
+def test_statistics_see_what_is_wrong():
+    """A shift, a scale, a shortened tail and correlated neighbours, each slight."""
+    x = torch.randn(noise_statistics.SHAPE, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    spoilt = {
+        "mean": x + 5e-3,
+        "second moment": x * 1.005,
+        "numbers beyond 4": x.clamp(-4, 4),
+        "correlation: frames one apart": torch.stack([x[:, 0], x[:, 1] + 0.01 * x[:, 0]], 1),
+        "correlation: lanes 0 and 1 of a Philox call": torch.where(
+            torch.arange(x.shape[-1], device="cpu") % 4 == 1, x + 0.02 * x.roll(1, -1), x
+        ),
+    }
+    for name, numbers in spoilt.items():
+        counts = noise_statistics.Counts()
+        counts.add(numbers)
+        p = {statistic.name: statistic.p for statistic in noise_statistics.statistics(counts)}
+        assert p[name] < 1e-4, name
 
 
 # ---- on a GPU
