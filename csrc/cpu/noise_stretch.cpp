@@ -133,4 +133,16 @@ VIDKERN_CLONES void write(const Clip& clip, const Stretch& stretch, int64_t f, c
   });
 }
 
+void copy(const Clip& from, const Clip& to, const Stretch& stretch, int64_t f) {
+  const auto bits = [&](auto word) {
+    using Word = decltype(word);
+    const Word* source = static_cast<const Word*>(from.data) + from.offset(stretch.b, f);
+    Word* target = static_cast<Word*>(to.data) + to.offset(stretch.b, f) + stretch.first;
+    if (from.dense) std::copy_n(source + stretch.first, stretch.count, target);
+    else gather(from, source, stretch, target);
+  };
+  if (from.dtype == Dtype::float32) bits(uint32_t{});
+  else bits(uint16_t{});
+}
+
 }  // namespace vidkern::cpu

@@ -69,4 +69,7 @@ const float* read(const Clip& clip, const Stretch& stretch, int64_t f, Row& row)
 // Rounds a row into the stretch of frame f of a contiguous clip.
 void write(const Clip& clip, const Stretch& stretch, int64_t f, const float* row);
 
+// Puts the stretch of frame f into that of a contiguous clip of its dtype, bit for bit.
+void copy(const Clip& from, const Clip& to, const Stretch& stretch, int64_t f);
+
 }  // namespace vidkern::cpu

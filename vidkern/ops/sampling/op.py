@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vidkern import _library
+from vidkern._dispatch import Kernel, compiled
 from vidkern.ops import _check
 from vidkern.ops.noise.arguments import (
     check_choice,
@@ -268,6 +269,20 @@ def _check_noise(
     return weight_per_frame(sharing, base_weight, batch, frames, x_t.device)
 
 
+def _supports(x_t: Tensor, model_out: Tensor, *_: Any) -> str | None:
+    """Whether the compiled kernels take a call: the public function has checked everything else."""
+    wide = torch.float64 in (x_t.dtype, model_out.dtype)
+    return "float64 is the reference's" if wide else None
+
+
+def _kernels(name: str) -> dict[str, Kernel]:
+    """Return the kernels of every backend, each found by the operator's name."""
+    return {
+        "cpu": compiled("cpu", name, _supports),
+        "cuda": compiled("cuda", name, _supports),
+    }
+
+
 def _x_prev_like(x_t: Tensor, *_: Any) -> Tensor:
     return x_t.new_empty(x_t.shape)
 
@@ -276,7 +291,7 @@ _ddim_step = _library.define(
     "ddim_step(Tensor x_t, Tensor model_out, Tensor t, Tensor t_prev, Tensor alphas_cumprod, str prediction,"
     " float eta, Tensor? key, float? guidance_scale, Tensor? hold, float? clip_x0, str sharing, Tensor? base_weight,"
     " SymInt sample_offset) -> Tensor",
-    kernels={},
+    kernels=_kernels("ddim_step"),
     reference=reference.ddim_step,
     fake=_x_prev_like,
 )
@@ -285,7 +300,7 @@ _ddpm_step = _library.define(
     "ddpm_step(Tensor x_t, Tensor model_out, Tensor t, Tensor t_prev, Tensor alphas_cumprod, str prediction,"
     " str variance, Tensor key, float? guidance_scale, Tensor? hold, float? clip_x0, str sharing,"
     " Tensor? base_weight, SymInt sample_offset) -> Tensor",
-    kernels={},
+    kernels=_kernels("ddpm_step"),
     reference=reference.ddpm_step,
     fake=_x_prev_like,
 )
@@ -293,7 +308,7 @@ _ddpm_step = _library.define(
 _flow_step = _library.define(
     "flow_step(Tensor x_t, Tensor model_out, Tensor t, Tensor t_prev, Tensor sigma, str prediction,"
     " float? guidance_scale, Tensor? hold, float? clip_x0) -> Tensor",
-    kernels={},
+    kernels=_kernels("flow_step"),
     reference=reference.flow_step,
     fake=_x_prev_like,
 )

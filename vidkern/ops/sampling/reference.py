@@ -1,17 +1,24 @@
 """What the sampler's steps mean, in plain PyTorch: guidance, x0, the step, its noise and the hold.
 
-Arithmetic is float32 (float64 for a float64 x_t), with one rounding to x_t's dtype at the end. Differences of
-schedule entries are taken before dividing, so that they are exact where the entries are close.
+Arithmetic is float32 (float64 for a float64 x_t), every operation rounded on its own in the order written, with one
+rounding to x_t's dtype at the end. Differences of schedule entries are taken before dividing, so that they are exact
+where the entries are close.
 """
 
 import torch
 from torch import Tensor
 
+from vidkern.ops.noise import generator
 from vidkern.ops.noise.reference import noise_like, per_frame
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Return the correctly rounded root."""
+    return x.sqrt() if x.dtype == torch.float64 else generator.sqrt(x)
 
 
 def _at(table: Tensor, t: Tensor, clean: float, dtype: torch.dtype) -> Tensor:
@@ -38,9 +45,9 @@ def _clamped(x0: Tensor, clip_x0: float | None) -> Tensor:
 
 
 def _predicted_x0(x: Tensor, out: Tensor, abar: Tensor, prediction: str, clip_x0: float | None) -> Tensor:
-    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    alpha, sigma = _sqrt(abar), _sqrt(1 - abar)
     if prediction == "epsilon":
-        out = (1 / alpha) * x - (sigma / alpha) * out
+        out = (1 / alpha) * (x - sigma * out)
     elif prediction == "v":
         out = alpha * x - sigma * out
     return _clamped(out, clip_x0)
@@ -49,7 +56,7 @@ def _predicted_x0(x: Tensor, out: Tensor, abar: Tensor, prediction: str, clip_x0
 def _predicted_epsilon(
     x: Tensor, out: Tensor, x0: Tensor, abar: Tensor, prediction: str, clip_x0: float | None
 ) -> Tensor:
-    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    alpha, sigma = _sqrt(abar), _sqrt(1 - abar)
     if prediction == "epsilon" and clip_x0 is None:
         return out
     if prediction == "v" and clip_x0 is None:
@@ -82,12 +89,12 @@ def ddim_step(
     epsilon = _predicted_epsilon(x, out, x0, abar, prediction, clip_x0)
     # the share of the variance 1 - abar' that is new noise: s^2 = share * (1 - abar')
     share = eta**2 * ((abar_prev - abar) / (abar_prev * (1 - abar)))
-    direction = ((1 - abar_prev) * (1 - share).clamp(min=0)).sqrt()
-    x_prev = abar_prev.sqrt() * x0 + direction * epsilon
+    direction = _sqrt((1 - abar_prev) * (1 - share).clamp(min=0))
+    x_prev = _sqrt(abar_prev) * x0 + direction * epsilon
     if eta > 0:
         assert key is not None
         noise = noise_like(x_t, key, sharing, base_weight, sample_offset, step=t)
-        x_prev = x_prev + ((1 - abar_prev) * share).sqrt() * noise
+        x_prev = x_prev + _sqrt((1 - abar_prev) * share) * noise
     return _finish(x_t, x_prev, t, hold)
 
 
@@ -114,8 +121,8 @@ def ddpm_step(
     out = _guided(model_out[:, :, :channels].to(wide), batch, guidance_scale)
     abar, abar_prev = _at(alphas_cumprod, t, 1.0, wide), _at(alphas_cumprod, t_prev, 1.0, wide)
     beta = (abar_prev - abar) / abar_prev
-    x0_weight = beta * abar_prev.sqrt() / (1 - abar)
-    x_weight = (abar / abar_prev).sqrt() * ((1 - abar_prev) / (1 - abar))
+    x0_weight = beta * _sqrt(abar_prev) / (1 - abar)
+    x_weight = _sqrt(abar / abar_prev) * ((1 - abar_prev) / (1 - abar))
     x0 = _predicted_x0(x, out, abar, prediction, clip_x0)
     mean = x0_weight * x0 + x_weight * x
 
@@ -125,7 +132,7 @@ def ddpm_step(
         log_low, log_high = posterior.log(), beta.log()
         std = (0.5 * (log_low + fraction * (log_high - log_low))).exp()
     else:
-        std = (posterior if variance == "fixed_small" else beta).sqrt()
+        std = _sqrt(posterior if variance == "fixed_small" else beta)
     noise = noise_like(x_t, key, sharing, base_weight, sample_offset, step=t)
     x_prev = torch.where(posterior > 0, mean + std * noise, mean)  # the last step adds none
     return _finish(x_t, x_prev, t, hold)

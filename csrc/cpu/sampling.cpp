@@ -1,0 +1,161 @@
+// The sampler's steps on the CPU, one pass each: a thread takes a stretch of a sample's elements through all frames.
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/sampling.h"
+#include "cpu/noise_stretch.h"
+#include "cpu/vec.h"
+
+namespace vidkern::cpu {
+namespace {
+
+using sampling::FrameStep;
+using sampling::Method;
+using sampling::Variance;
+
+// --- one row of a frame ---
+
+// e^x within 1 ulp, for every float. x = n ln 2 + r, |r| <= ln 2 / 2; the polynomial is Cephes' expf.
+VIDKERN_INLINE float exp(float x) {
+  constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kShift = 12582912.0f;                   // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float kSmallest = -104.0f, kLargest = 89.0f;  // beyond are 0 and Inf
+  constexpr int32_t kBias = 127, kFractionBits = 23;
+  x = x < kSmallest ? kSmallest : x;
+  x = x > kLargest ? kLargest : x;
+  const float shifted = x * kLog2e + kShift, n = shifted - kShift;
+  const float r = (x - n * kLn2High) - n * kLn2Low;
+  float p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // 2^n in two factors, as it may be no float itself
+  const auto power = static_cast<int32_t>(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(kShift));
+  const auto two_to_the = [](int32_t k) VIDKERN_INLINE_LAMBDA {
+    return bit_cast<float>(static_cast<uint32_t>(k + kBias) << kFractionBits);
+  };
+  const int32_t half = power >> 1;
+  return p * two_to_the(half) * two_to_the(power - half);
+}
+
+VIDKERN_CLONES void guide(float scale, const float* cond, const float* uncond, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = sampling::guided(scale, cond[i], uncond[i]);
+}
+
+template <Method method>
+VIDKERN_INLINE void move_row(
+    const sampling::Step& step, const FrameStep& s, const float* x, const float* m, float* out, int64_t count) {
+  sampling::with_rule<method>(step, [&](auto moved) VIDKERN_INLINE_LAMBDA {
+    for (int64_t i = 0; i < count; ++i) out[i] = moved(s, step.clip, x[i], m[i]);
+  });
+}
+
+VIDKERN_CLONES void move(Method method, const sampling::Step& step, const FrameStep& s, const float* x, const float* m,
+                         float* out, int64_t count) {
+  switch (method) {
+    case Method::ddim: return move_row<Method::ddim>(step, s, x, m, out, count);
+    case Method::ddpm: return move_row<Method::ddpm>(step, s, x, m, out, count);
+    case Method::flow: return move_row<Method::flow>(step, s, x, m, out, count);
+  }
+}
+
+VIDKERN_CLONES void add_scaled(float std, const float* n, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = out[i] + std * n[i];
+}
+
+VIDKERN_CLONES void add_learned(const FrameStep& s, const float* v, const float* n, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = out[i] + exp(sampling::log_std(s, v[i])) * n[i];
+}
+
+// --- the operators ---
+
+template <Method method>
+std::vector<FrameStep> frame_steps(const sampling::Step& step, const Frames& frames) {
+  std::vector<FrameStep> steps(static_cast<size_t>(frames.b * frames.f));
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const auto frame = static_cast<int64_t>(i);
+    steps[i] = sampling::frame_step<method>(step, frame / frames.f, frame % frames.f);
+  }
+  return steps;
+}
+
+template <Method method>
+Tensor run(const Tensor& x_t, const Tensor& model_out, const sampling::Step& step, const StepNoise* draws) {
+  const Tensor x_prev = empty_clip(x_t);
+  const Clip from = clip_of(x_t), to = contiguous_clip(x_prev);
+  const sampling::ModelClips model = sampling::model_clips_of(model_out, x_t);
+  const Stretches stretches(frames_of(x_t));
+  const std::vector<FrameStep> steps = frame_steps<method>(step, stretches.frames);
+  const bool learned = method == Method::ddpm && step.variance == Variance::learned_range;
+  const bool chained = draws && draws->sharing == Sharing::progressive;
+  for_each_stretch(stretches, [&](const Stretch& stretch) {
+    std::optional<StretchNoise<StepNoise>> noise;
+    if (draws) noise.emplace(*draws, stretch);
+    Row x_row, m_row, row;
+    for (int64_t f = 0; f < stretches.frames.f; ++f) {
+      const FrameStep& s = steps[static_cast<size_t>(stretch.b * stretches.frames.f + f)];
+      const bool keeps = step.keeps(stretch.b, f), meets_noise = s.draws && !keeps;
+      const float* n = meets_noise || chained ? noise->frame(f) : nullptr;  // a chain passes through every frame
+      if (keeps) {
+        copy(from, to, stretch, f);
+        continue;
+      }
+      const float *x = read(from, stretch, f, x_row), *m = read(model.cond, stretch, f, m_row);
+      if (step.guided) {
+        guide(step.guidance, m, read(model.uncond, stretch, f, row), m_row.values, stretch.count);
+        m = m_row.values;
+      }
+      move(method, step, s, x, m, row.values, stretch.count);
+      if (meets_noise && learned) {
+        add_learned(s, read(model.variance, stretch, f, m_row), n, row.values, stretch.count);
+      } else if (meets_noise) {
+        add_scaled(s.std, n, row.values, stretch.count);
+      }
+      write(to, stretch, f, row.values);
+    }
+  });
+  return x_prev;
+}
+
+Tensor ddim_step(const Tensor& x_t, const Tensor& model_out, const Tensor& t, const Tensor& t_prev,
+                 const Tensor& alphas_cumprod, std::string prediction, double eta, std::optional<Tensor> key,
+                 std::optional<double> guidance_scale, std::optional<Tensor> hold, std::optional<double> clip_x0,
+                 std::string sharing, std::optional<Tensor> base_weight, int64_t sample_offset) {
+  sampling::Step step = sampling::step_of(t, t_prev, alphas_cumprod, prediction, guidance_scale, hold, clip_x0);
+  if (eta == 0.0) return run<Method::ddim>(x_t, model_out, step, nullptr);
+  step.eta_squared = static_cast<float>(eta * eta);
+  const StepNoise noise = sampling::step_noise_of(t, *key, sharing, base_weight, sample_offset);
+  return run<Method::ddim>(x_t, model_out, step, &noise);
+}
+
+Tensor ddpm_step(const Tensor& x_t, const Tensor& model_out, const Tensor& t, const Tensor& t_prev,
+                 const Tensor& alphas_cumprod, std::string prediction, std::string variance, const Tensor& key,
+                 std::optional<double> guidance_scale, std::optional<Tensor> hold, std::optional<double> clip_x0,
+                 std::string sharing, std::optional<Tensor> base_weight, int64_t sample_offset) {
+  sampling::Step step = sampling::step_of(t, t_prev, alphas_cumprod, prediction, guidance_scale, hold, clip_x0);
+  step.variance = sampling::variance_of(variance);
+  const StepNoise noise = sampling::step_noise_of(t, key, sharing, base_weight, sample_offset);
+  return run<Method::ddpm>(x_t, model_out, step, &noise);
+}
+
+Tensor flow_step(const Tensor& x_t, const Tensor& model_out, const Tensor& t, const Tensor& t_prev,
+                 const Tensor& sigma, std::string prediction, std::optional<double> guidance_scale,
+                 std::optional<Tensor> hold, std::optional<double> clip_x0) {
+  const sampling::Step step = sampling::step_of(t, t_prev, sigma, prediction, guidance_scale, hold, clip_x0);
+  return run<Method::flow>(x_t, model_out, step, nullptr);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cpu, m) { sampling::define(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(vidkern_cpu, CPU, m) {
+  m.impl("ddim_step", TORCH_BOX(&ddim_step));
+  m.impl("ddpm_step", TORCH_BOX(&ddpm_step));
+  m.impl("flow_step", TORCH_BOX(&flow_step));
+}
+
+}  // namespace vidkern::cpu
