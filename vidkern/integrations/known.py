@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vidkern._dispatch import log
-from vidkern.integrations import cogvideox, latte, skyreels_v2, wan, wan_vae
+from vidkern.integrations import cogvideox, cogvideox_vae, latte, official_latte, skyreels_v2, wan, wan_vae
 from vidkern.integrations.patching import Refusal, Report, roots
 
 
@@ -27,7 +27,9 @@ class Integration:
 
 KNOWN = (
     Integration(cogvideox.recognises, cogvideox.apply_vidkern_to_cogvideox),
+    Integration(cogvideox_vae.recognises, cogvideox_vae.apply_vidkern_to_cogvideox_vae),
     Integration(latte.recognises, latte.apply_vidkern_to_latte),
+    Integration(official_latte.recognises, official_latte.apply_vidkern_to_official_latte),
     Integration(skyreels_v2.recognises, skyreels_v2.apply_vidkern_to_skyreels_v2),
     Integration(wan.recognises, wan.apply_vidkern_to_wan),
     Integration(wan_vae.recognises, wan_vae.apply_vidkern_to_wan_vae),
