@@ -6,8 +6,9 @@ another, a clip's place is its strides (b, f) alone: those of c, h and w are Non
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -121,3 +122,16 @@ def unit_of(elements: int, *places: Place, pack: int = PACK) -> int:
     """Return how many neighbours may be loaded at once where the clips are dense."""
     strides = [stride for place in places if place.c is None for stride in (place.b, place.f)]
     return pack if all(size % pack == 0 for size in (elements, *strides)) else 1
+
+
+def launch(kernel: Any, programs: int | tuple[int, int], like: Tensor, *args: Any, **options: Any) -> None:
+    """Launch a kernel that rounds every operation by itself, where ``like`` lies."""
+    grid = programs if isinstance(programs, tuple) else (programs,)
+    if math.prod(grid) > 0:
+        with torch.cuda.device_of(like):
+            kernel[grid](*args, **options, num_warps=WARPS, enable_fp_fusion=False)
+
+
+def pair(level: Tensor | None) -> tuple[int, ...]:
+    """Return the strides of (B, F), which None has too."""
+    return (0, 0) if level is None else level.stride()

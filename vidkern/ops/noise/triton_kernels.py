@@ -6,7 +6,6 @@ division of the work are run-time values: a change of them compiles nothing. No 
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from vidkern.ops.noise.triton_clips import (
     TILE,
-    WARPS,
+    launch,
     load_level,
     load_part,
+    pair,
     part_of,
     place_of,
     programs_of,
@@ -29,11 +29,12 @@ from vidkern.ops.noise.triton_clips import (
 from vidkern.ops.noise.triton_generator import base_noise, fold_key, frame_noise, groups_of
 
 STREAM_PACK = 8  # elements of a load where no noise is drawn
-SUM_TILE = 1024  # runs
+SUM_TILE = 256  # runs
 
 RUN_TIME = ["key_stride", "first_sample", "frames", "elements", "together", "blocks", "height", "width"]
 RUN_TIME += [f"{clip}_{axis}" for clip in ("x0", "dx_t", "dtarget", "pred", "residual") for axis in "bfchw"]
 RUN_TIME += [f"{level}_{axis}" for level in ("weight", "alpha", "sigma", "dmse") for axis in "bf"]
+PER_FRAME = ["key", "weight", "alpha", "sigma", "dmse"]
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def _regressed(x, noise, alpha, sigma, KIND: tl.constexpr):
     return target
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=PER_FRAME)
 def _normal(
     key,
     weight,  # (B, F)
@@ -78,7 +79,7 @@ def _normal(
         store_part(out, b * frames + f, elements, start, count, noise, TILE, UNIT)
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=PER_FRAME)
 def _add_noise(
     x0,  # (B, F, C, H, W)
     alpha,  # (B, F)
@@ -130,7 +131,7 @@ def _add_noise(
             store_part(target, frame, elements, start, count, _regressed(x, noise, a, s, TARGET), TILE, UNIT)
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=PER_FRAME)
 def _add_noise_backward(
     dx_t,  # (B, F, C, H, W)
     dtarget,
@@ -216,7 +217,7 @@ def _add_noise_backward(
         tl.store(dsigma + part, tl.sum(ds))
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=PER_FRAME)
 def _mse(
     pred,  # (B, F, C, H, W)
     x0,
@@ -281,7 +282,7 @@ def _mse(
         tl.store(mse + (frame * runs_of(elements, TILE) + start // TILE), tl.div_rn(squares, divisor))
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=PER_FRAME)
 def _mse_backward(
     dmse,  # (B, F)
     residual,  # (B, F, C, H, W)
@@ -323,18 +324,6 @@ def _sum_runs(parts, totals, divisor, runs, SUM_TILE: tl.constexpr):
             tl.store(totals[k] + frame, tl.div_rn(tl.sum(sums), divisor))
 
 
-def launch(kernel: Any, programs: int | tuple[int, int], like: Tensor, *args: Any, **options: Any) -> None:
-    """Launch a kernel that rounds every operation by itself, where ``like`` lies."""
-    grid = programs if isinstance(programs, tuple) else (programs,)
-    if math.prod(grid) > 0:
-        with torch.cuda.device_of(like):
-            kernel[grid](*args, **options, num_warps=WARPS, enable_fp_fusion=False)
-
-
-def _pair(level: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if level is None else level.stride()
-
-
 class FrameSums:
     """Sums over each frame of a clip, float32 (B, F): every run's part, and its total."""
 
@@ -371,7 +360,7 @@ def philox_normal(
         _normal,
         programs_of(work, shape[0]),
         key,
-        *(key, base_weight, out, key.stride(0), sample_offset, *_pair(base_weight), *work),
+        *(key, base_weight, out, key.stride(0), sample_offset, *pair(base_weight), *work),
         SHARING=sharing,
         TILE=TILE,
         UNIT=unit_of(work.elements),
@@ -397,7 +386,7 @@ def add_noise(
         programs_of(work, x0.shape[0]),
         x0,
         *(x0, alpha, sigma, key, base_weight, x_t, None if target is None else regressed),
-        *(*place, *alpha.stride(), *sigma.stride(), key.stride(0), sample_offset, *_pair(base_weight)),
+        *(*place, *alpha.stride(), *sigma.stride(), key.stride(0), sample_offset, *pair(base_weight)),
         *(*work, *x0.shape[3:]),
         TARGET=target,
         SHARING=sharing,
@@ -428,7 +417,7 @@ def add_noise_backward(
         x0,
         *(dx_t, dtarget, x0, alpha, sigma, key, base_weight, dx0, *sums.parts),
         *(stride for place in places for stride in place),
-        *(*alpha.stride(), *sigma.stride(), key.stride(0), sample_offset, *_pair(base_weight), *work, *x0.shape[3:]),
+        *(*alpha.stride(), *sigma.stride(), key.stride(0), sample_offset, *pair(base_weight), *work, *x0.shape[3:]),
         TARGET=target,
         SHARING=sharing,
         TILE=TILE,
@@ -459,7 +448,7 @@ def diffusion_mse(
         pred,
         *(pred, x0, alpha, sigma, key, base_weight, residual, *sums.parts, elements if sums.runs == 1 else 1.0),
         *(stride for place in places for stride in place),
-        *(*alpha.stride(), *sigma.stride(), key.stride(0), sample_offset, *_pair(base_weight), *work, *x0.shape[3:]),
+        *(*alpha.stride(), *sigma.stride(), key.stride(0), sample_offset, *pair(base_weight), *work, *x0.shape[3:]),
         PREDICTION=prediction,
         SHARING=sharing,
         TILE=TILE,
