@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vidkern import _library
-from vidkern._dispatch import Kernel, compiled
+from vidkern._dispatch import Kernel, compiled, triton_kernel
 from vidkern.ops import _check
 from vidkern.ops.noise.arguments import (
     check_choice,
@@ -279,6 +279,7 @@ def _kernels(name: str) -> dict[str, Kernel]:
     """Return the kernels of every backend, each found by the operator's name."""
     return {
         "cpu": compiled("cpu", name, _supports),
+        "triton": triton_kernel("vidkern.ops.sampling.triton_kernels", name, _supports),
         "cuda": compiled("cuda", name, _supports),
     }
 
