@@ -48,6 +48,10 @@ struct Levels {  // float32 (B, F), any strides
   VIDKERN_HOST_DEVICE float at(int64_t b, int64_t f) const { return data[b * stride_b + f * stride_f]; }
 };
 
+struct Level {  // of a frame
+  float alpha, sigma;
+};
+
 enum class Sharing { independent, shared, mixed, progressive };
 
 struct Noise {
@@ -107,17 +111,27 @@ inline Frames frames_of(const Tensor& clip) {
   return {clip.size(0), clip.size(1), elements};
 }
 
-inline Clip clip_of(const Tensor& t) {  // (B, F, C, H, W), any strides
+// Channels first <= c < first + channels of a tensor (B, F, C, H, W), any strides.
+inline Clip clip_of(const Tensor& t, int64_t first, int64_t channels) {
   const int64_t h = t.size(3), w = t.size(4), step = t.stride(4);
-  const bool dense = (w < 2 || step == 1) && (h < 2 || t.stride(3) == w) && (t.size(2) < 2 || t.stride(2) == h * w);
-  const auto in_16_bytes = [&](int64_t bytes) { return bytes % 16 == 0; };
   const auto size = static_cast<int64_t>(t.element_size());
-  const bool aligned = dense && in_16_bytes(reinterpret_cast<intptr_t>(t.data_ptr())) &&
+  char* data = static_cast<char*>(t.data_ptr()) + first * t.stride(2) * size;
+  const bool dense = (w < 2 || step == 1) && (h < 2 || t.stride(3) == w) && (channels < 2 || t.stride(2) == h * w);
+  const auto in_16_bytes = [&](int64_t bytes) { return bytes % 16 == 0; };
+  const bool aligned = dense && in_16_bytes(reinterpret_cast<intptr_t>(data)) &&
                        (t.size(0) < 2 || in_16_bytes(t.stride(0) * size)) &&
                        (t.size(1) < 2 || in_16_bytes(t.stride(1) * size));
-  Clip clip{t.data_ptr(), dtype_of(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3), step, h, w, dense, aligned};
-  if (dense) clip.h = 1, clip.w = t.size(2) * h * w, clip.stride_w = 1;
+  Clip clip{data, dtype_of(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3), step, h, w, dense, aligned};
+  if (dense) clip.h = 1, clip.w = channels * h * w, clip.stride_w = 1;
   return clip;
+}
+
+inline Clip clip_of(const Tensor& t) { return clip_of(t, 0, t.size(2)); }
+
+// Half 0 or 1 of a tensor's channels.
+inline Clip half_of(const Tensor& t, int half) {
+  const int64_t channels = t.size(2) / 2;
+  return clip_of(t, half * channels, channels);
 }
 
 inline Clip contiguous_clip(const Tensor& t) {  // (B, F, ...), contiguous
@@ -174,6 +188,10 @@ void define_noise(Library& m) {
   m.def("diffusion_mse(Tensor pred, Tensor x0, Tensor alpha, Tensor sigma, Tensor key, str prediction, str sharing,"
         " Tensor? base_weight, int sample_offset) -> (Tensor, Tensor)");
   m.def("diffusion_mse_backward(Tensor dmse, Tensor residual) -> Tensor");
+  m.def("hybrid_loss(Tensor model_out, Tensor x0, Tensor alpha, Tensor sigma, Tensor t, Tensor posterior_mean_coef,"
+        " Tensor posterior_log_variance, Tensor log_beta, Tensor key, str prediction, str sharing, Tensor? base_weight,"
+        " int sample_offset) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("hybrid_loss_backward(Tensor dmse, Tensor dvb, Tensor factors, Tensor slope) -> Tensor");
 }
 
 }  // namespace vidkern

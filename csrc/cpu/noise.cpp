@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/hybrid_loss.h"
 #include "cpu/noise_stretch.h"
 #include "cpu/vec.h"
 
@@ -13,10 +14,6 @@ namespace vidkern::cpu {
 namespace {
 
 // --- one row of a frame ---
-
-struct Level {  // of a frame
-  float alpha, sigma;
-};
 
 VIDKERN_CLONES void diffuse(Level level, const float* x, const float* n, float* x_t, int64_t count) {
   for (int64_t i = 0; i < count; ++i) x_t[i] = level.alpha * x[i] + level.sigma * n[i];
@@ -44,6 +41,15 @@ VIDKERN_CLONES void scale(float factor, const float* row, float* out, int64_t co
   for (int64_t i = 0; i < count; ++i) out[i] = factor * row[i];
 }
 
+VIDKERN_CLONES float sum_of(const float* a, int64_t count) {
+  const int64_t whole = count / kLanes * kLanes;
+  Sum sum;
+  for_each_vec(whole, [&](int64_t i, int k) VIDKERN_INLINE_LAMBDA { sum.chain[k] += load(a + i); });
+  float total = sum.total();
+  for (int64_t i = whole; i < count; ++i) total += a[i];
+  return total;
+}
+
 VIDKERN_CLONES float sum_of_products(const float* a, const float* b, int64_t count) {
   const int64_t whole = count / kLanes * kLanes;
   Sum sum;
@@ -67,6 +73,31 @@ VIDKERN_CLONES void add_target_grad(Target target, float sigma, const float* dta
     case Target::v:
       for (int64_t i = 0; i < count; ++i) dx[i] = dx[i] - sigma * dtarget[i];
       return;
+  }
+}
+
+VIDKERN_CLONES void divergence_row(const Bound& bound, const float* r, const float* v, float* value, float* slope,
+                                   int64_t count) {
+  const auto at = [&](int64_t i, const float* v) VIDKERN_INLINE_LAMBDA {
+    const auto term = divergence<Vec, VecBits>(bound, load(r + i), load(v));
+    store(value + i, term.value);
+    store(slope + i, term.slope);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) at(i, v + i);
+  if (i < count) {  // all but v are rows, of whole vectors
+    float last[kLanes] = {};
+    std::copy(v + i, v + count, last);
+    at(i, last);
+  }
+}
+
+void decoder_row(const Bound& bound, const float* x, const float* r, const float* v, float* value, float* slope,
+                 int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Term term = decoder(bound, x[i], r[i], v[i]);
+    value[i] = term.value;
+    slope[i] = term.slope;
   }
 }
 
@@ -228,6 +259,70 @@ Tensor diffusion_mse_backward(const Tensor& dmse, const Tensor& residual) {
   return dpred;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> hybrid_loss(
+    const Tensor& model_out, const Tensor& x0, const Tensor& alpha, const Tensor& sigma, const Tensor& t,
+    const Tensor& mean_coef, const Tensor& low, const Tensor& high, const Tensor& key, std::string prediction,
+    std::string sharing, std::optional<Tensor> base_weight, int64_t sample_offset) {
+  const Tensor mse = empty_levels(x0), vb = empty_levels(x0), slope = empty_levels(x0), factors = empty_clip(model_out);
+  const Noise noise = noise_of(key, sharing, base_weight, sample_offset);
+  const Clip pred_from = half_of(model_out, 0), v_from = half_of(model_out, 1), from = clip_of(x0);
+  const Clip residual_to = half_of(factors, 0), slope_to = half_of(factors, 1);
+  const Target kind = target_of(prediction);
+  const Levels alphas = levels_of(alpha), sigmas = levels_of(sigma);
+  const BoundTables tables = bound_tables_of(t, mean_coef, low, high, kind);
+  float* slopes = slope.mutable_data_ptr<float>();
+  const Stretches stretches(frames_of(x0));
+  FrameSums squares(stretches), bounds(stretches);
+  for_each_stretch(stretches, [&](const Stretch& stretch) {
+    const int64_t count = stretch.count;
+    StretchNoise frames(noise, stretch);
+    Row x_row, out_row, residual, value, bound_slope;
+    for (int64_t f = 0; f < stretches.frames.f; ++f) {
+      const Level level{alphas.at(stretch.b, f), sigmas.at(stretch.b, f)};
+      const Bound bound = tables.at(stretch.b, f, level);
+      const float* x = kind == Target::epsilon && !bound.decodes ? nullptr : read(from, stretch, f, x_row);
+      const float* n = kind == Target::x0 ? nullptr : frames.frame(f);
+      target_row(kind, level, x, n, residual.values, count);
+      subtract(read(pred_from, stretch, f, out_row), residual.values, count);
+      squares.part(stretch, f) = sum_of_products(residual.values, residual.values, count);
+      write(residual_to, stretch, f, residual.values);
+      const float* v = read(v_from, stretch, f, out_row);
+      if (bound.decodes) decoder_row(bound, x, residual.values, v, value.values, bound_slope.values, count);
+      else divergence_row(bound, residual.values, v, value.values, bound_slope.values, count);
+      bounds.part(stretch, f) = sum_of(value.values, count);
+      write(slope_to, stretch, f, bound_slope.values);
+      if (stretch.first == 0) slopes[stretch.b * stretches.frames.f + f] = bound.bits_per_v();
+    }
+  });
+  const auto elements = static_cast<double>(stretches.frames.elements);
+  squares.divided_into(elements, mse);
+  bounds.divided_into(elements * kNatsPerBit, vb);
+  return {mse, vb, factors, slope};
+}
+
+Tensor hybrid_loss_backward(const Tensor& dmse, const Tensor& dvb, const Tensor& factors, const Tensor& slope) {
+  const Tensor dout = empty_clip(factors);
+  const Clip residual_from = half_of(factors, 0), slope_from = half_of(factors, 1);
+  const Clip pred_to = half_of(dout, 0), v_to = half_of(dout, 1);
+  const Levels dmses = levels_of(dmse), dvbs = levels_of(dvb), slopes = levels_of(slope);
+  Frames frames = frames_of(factors);
+  frames.elements /= 2;
+  const Stretches stretches(frames);
+  const float share = 1.0f / static_cast<float>(frames.elements);
+  for_each_stretch(stretches, [&](const Stretch& stretch) {
+    Row from_row, row;
+    for (int64_t f = 0; f < frames.f; ++f) {
+      const auto pass = [&](const Clip& from, float factor, const Clip& to) {
+        scale(factor, read(from, stretch, f, from_row), row.values, stretch.count);
+        write(to, stretch, f, row.values);
+      };
+      pass(residual_from, 2.0f * share * dmses.at(stretch.b, f), pred_to);
+      pass(slope_from, share * dvbs.at(stretch.b, f) * slopes.at(stretch.b, f), v_to);
+    }
+  });
+  return dout;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cpu, m) { define_noise(m); }
@@ -238,6 +333,8 @@ STABLE_TORCH_LIBRARY_IMPL(vidkern_cpu, CPU, m) {
   m.impl("add_noise_backward", TORCH_BOX(&add_noise_backward));
   m.impl("diffusion_mse", TORCH_BOX(&diffusion_mse));
   m.impl("diffusion_mse_backward", TORCH_BOX(&diffusion_mse_backward));
+  m.impl("hybrid_loss", TORCH_BOX(&hybrid_loss));
+  m.impl("hybrid_loss_backward", TORCH_BOX(&hybrid_loss_backward));
 }
 
 }  // namespace vidkern::cpu

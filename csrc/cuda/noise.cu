@@ -4,17 +4,15 @@
 #include <tuple>
 #include <vector>
 
+#include "common/hybrid_loss.h"
 #include "common/launch.h"
 #include "cuda/noise_tile.h"
 
 namespace vidkern::cuda {
 namespace {
 
-constexpr int kBlocksAtOnce = 5;  // that fit into the registers
-
-struct Level {  // of a frame
-  float alpha, sigma;
-};
+// that fit into the registers
+constexpr int kBlocksAtOnce = 5, kHybridBlocksAtOnce = 4;
 
 __device__ inline float regressed(Target target, Level level, float x, float n) {
   switch (target) {
@@ -199,6 +197,87 @@ __global__ void __launch_bounds__(kThreads) mse_backward_kernel(const MseBackwar
   }
 }
 
+struct Hybrid {
+  Work work;
+  Noise noise;
+  Target prediction;
+  Levels alpha, sigma;
+  BoundTables tables;
+  Clip pred, v, x0, residual, slope;
+  float *squares, *bounds;  // parts
+  float divisor;
+  float* bits_per_v;
+};
+
+// Replaces v by the slopes of the bound's terms and returns their sum.
+__device__ inline float bound_of(const Bound& bound, int count, const float (&x)[kPack], const float (&r)[kPack],
+                                 float (&v)[kPack]) {
+  float sum = 0.0f;
+  const auto add = [&](int i, Term term) {
+    v[i] = term.slope;
+    if (i < count) sum += term.value;
+  };
+  if (bound.decodes) for_each([&](int i) { add(i, decoder(bound, x[i], r[i], v[i])); });
+  else for_each([&](int i) { add(i, divergence<float, uint32_t>(bound, r[i], v[i])); });
+  return sum;
+}
+
+__global__ void __launch_bounds__(kThreads, kHybridBlocksAtOnce) hybrid_kernel(const Hybrid a) {
+  __shared__ Shared<float, kWarps * 2> scratch[2];
+  const Part part(a.work);
+  PartNoise noise(a.noise, part);
+  int turn = 0;
+  for (int64_t f = part.first; f < part.last; ++f, turn ^= 1) {
+    const Level level{a.alpha.at(part.b, f), a.sigma.at(part.b, f)};
+    const Bound bound = a.tables.at(part.b, f, level);
+    Words8 x_words;
+    const Words8 pred_words = load(a.pred, part, f);
+    if (a.prediction != Target::epsilon || bound.decodes) x_words = load(a.x0, part, f);
+    noise.draw_frame(f);
+    const Words8 v_words = load(a.v, part, f);  // not before: registers
+    float x[kPack], r[kPack], v[kPack], sums[2] = {};
+    widen(a.x0.dtype, x_words, x);
+    widen(a.pred.dtype, pred_words, r);
+    widen(a.v.dtype, v_words, v);
+    for_each([&](int i) {
+      r[i] = philox::add(r[i], -regressed(a.prediction, level, x[i], noise.n[i]));
+      if (i < part.count) sums[0] += r[i] * r[i];
+    });
+    store(a.residual, part, f, r);
+    sums[1] = bound_of(bound, part.count, x, r, v);
+    store(a.slope, part, f, v);
+    block_sum(sums, scratch[turn]);
+    if (threadIdx.x == 0) {
+      put(a.squares, a.work, part, f, sums[0] / a.divisor);
+      put(a.bounds, a.work, part, f, sums[1] / (a.divisor * kNatsPerBit));
+      if (part.run == 0) a.bits_per_v[part.b * a.work.frames.f + f] = bound.bits_per_v();
+    }
+  }
+}
+
+struct HybridBackward {
+  Work work;
+  Levels dmse, dvb, bits_per_v;
+  float factor;
+  Clip residual, slope, dpred, dv;
+};
+
+__global__ void __launch_bounds__(kThreads) hybrid_backward_kernel(const HybridBackward a) {
+  const Part part(a.work);
+  for (int64_t f = part.first; f < part.last; ++f) {
+    const Words8 residual_words = load(a.residual, part, f), slope_words = load(a.slope, part, f);
+    const float to_pred = 2.0f * a.factor * a.dmse.at(part.b, f);
+    const float to_v = a.factor * a.dvb.at(part.b, f) * a.bits_per_v.at(part.b, f);
+    float d[kPack];
+    widen(a.residual.dtype, residual_words, d);
+    for_each([&](int i) { d[i] *= to_pred; });
+    store(a.dpred, part, f, d);
+    widen(a.slope.dtype, slope_words, d);
+    for_each([&](int i) { d[i] *= to_v; });
+    store(a.dv, part, f, d);
+  }
+}
+
 // --- the operators ---
 
 // Sums over each frame, float32 (B, F). Where one block has a whole frame, its part is the sum.
@@ -285,6 +364,35 @@ Tensor diffusion_mse_backward(const Tensor& dmse, const Tensor& residual) {
   return dpred;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> hybrid_loss(
+    const Tensor& model_out, const Tensor& x0, const Tensor& alpha, const Tensor& sigma, const Tensor& t,
+    const Tensor& mean_coef, const Tensor& low, const Tensor& high, const Tensor& key, std::string prediction,
+    std::string sharing, std::optional<Tensor> base_weight, int64_t sample_offset) {
+  const Tensor factors = empty_clip(model_out), bits_per_v = empty_levels(x0);
+  const Noise noise = noise_of(key, sharing, base_weight, sample_offset);
+  const Work work = work_of(frames_of(x0), noise.sharing);
+  const FrameSums mse(x0, work), vb(x0, work);
+  const auto elements = static_cast<float>(work.frames.elements);
+  const Target kind = target_of(prediction);
+  launch(x0, hybrid_kernel, work.blocks(), kThreads,
+         Hybrid{work, noise, kind, levels_of(alpha), levels_of(sigma), bound_tables_of(t, mean_coef, low, high, kind),
+                half_of(model_out, 0), half_of(model_out, 1), clip_of(x0), half_of(factors, 0), half_of(factors, 1),
+                mse.parts(), vb.parts(), mse.whole() ? elements : 1.0f, bits_per_v.mutable_data_ptr<float>()});
+  return {mse.totals(elements), vb.totals(elements), factors, bits_per_v};
+}
+
+Tensor hybrid_loss_backward(const Tensor& dmse, const Tensor& dvb, const Tensor& factors, const Tensor& slope) {
+  const Tensor dout = empty_clip(factors);
+  Frames frames = frames_of(factors);
+  frames.elements /= 2;
+  const Work work = work_of(frames, Sharing::independent);
+  launch(factors, hybrid_backward_kernel, work.blocks(), kThreads,
+         HybridBackward{work, levels_of(dmse), levels_of(dvb), levels_of(slope),
+                        1.0f / static_cast<float>(frames.elements), half_of(factors, 0), half_of(factors, 1),
+                        half_of(dout, 0), half_of(dout, 1)});
+  return dout;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cuda, m) { define_noise(m); }
@@ -295,6 +403,8 @@ STABLE_TORCH_LIBRARY_IMPL(vidkern_cuda, VIDKERN_CUDA_KEY, m) {
   m.impl("add_noise_backward", TORCH_BOX(&add_noise_backward));
   m.impl("diffusion_mse", TORCH_BOX(&diffusion_mse));
   m.impl("diffusion_mse_backward", TORCH_BOX(&diffusion_mse_backward));
+  m.impl("hybrid_loss", TORCH_BOX(&hybrid_loss));
+  m.impl("hybrid_loss_backward", TORCH_BOX(&hybrid_loss_backward));
 }
 
 }  // namespace vidkern::cuda
