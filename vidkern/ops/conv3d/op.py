@@ -9,7 +9,7 @@ from torch import Tensor
 from vidkern import _library
 from vidkern._dispatch import tell
 from vidkern.ops import _check
-from vidkern.ops.conv3d import reference
+from vidkern.ops.conv3d import assembler, reference
 
 #: (kT, kH, kW) that kernels are written for.
 KERNEL_SIZES = ((3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1), (2, 2, 2))
@@ -175,6 +175,7 @@ def norm_silu_pad(
         _check_first_frame(x, before, time_pad)
     x = _channels_last("x", x)
     cache = None if cache is None else _channels_last("cache", cache)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     return _norm_silu_pad(x, weight, bias, cache, norm, groups, eps, sizes, dilation, time_pad, space_pad)[0]
 
 
@@ -320,28 +321,15 @@ def _check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, group
         allowed = (value.dtype,)
 
 
-def _video_like(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    return torch.empty(
-        x.shape if shape is None else shape,
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last_3d,
-    )
-
-
-def _cache_grad_like(x: Tensor, cache: Tensor | None) -> Tensor:
-    return x.new_empty(0) if cache is None else _video_like(cache)
-
-
 def _convolution_grads_like(
     x: Tensor, weight: Tensor, cache: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     nothing = x.new_empty(0)
     return (
-        _video_like(x) if wanted[0] else nothing,
+        assembler.video_like(x, *x.shape[2:]) if wanted[0] else nothing,
         weight.new_empty(weight.shape) if wanted[1] else nothing.clone(),
         weight.new_empty(weight.shape[0]) if wanted[2] else nothing.clone(),
-        _cache_grad_like(x, cache) if wanted[3] else nothing.clone(),
+        assembler.cache_grad_like(x, cache) if wanted[3] else nothing.clone(),
     )
 
 
@@ -353,15 +341,10 @@ def _statistics_like(x: Tensor, norm: str, groups: int) -> tuple[Tensor, Tensor]
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
-def _padded_like(x: Tensor, kernel: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    extents = map(reference.extent, kernel, dilation)
-    return _video_like(x, (*x.shape[:2], *(n + more for n, more in zip(x.shape[2:], extents, strict=True))))
-
-
 def _norm_grads_like(x: Tensor, cache: Tensor | None) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     vectors = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
-    return _video_like(x), *vectors, _cache_grad_like(x, cache)
+    return assembler.video_like(x, *x.shape[2:]), *vectors, assembler.cache_grad_like(x, cache)
 
 
 _causal_conv3d = _library.define(
@@ -387,10 +370,10 @@ _causal_conv3d_backward = _library.define(
 _norm_silu_pad = _library.define(
     "norm_silu_pad(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, str norm, int groups, float eps,"
     " int[] kernel, int[] dilation, str time_pad, str space_pad) -> (Tensor padded, Tensor mean, Tensor rstd)",
-    kernels={},
+    kernels=assembler.kernels("norm_silu_pad"),
     reference=reference.norm_silu_pad,
     fake=lambda x, weight, bias, cache, norm, groups, eps, kernel, dilation, time_pad, space_pad: (
-        _padded_like(x, kernel, dilation),
+        assembler.padded_like(x, cache, kernel, dilation),
         *_statistics_like(x, norm, groups),
     ),
 )
@@ -399,7 +382,7 @@ _norm_silu_pad_backward = _library.define(
     "norm_silu_pad_backward(Tensor dpadded, Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor mean,"
     " Tensor rstd, str norm, int groups, int[] kernel, int[] dilation, str time_pad, str space_pad)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dcache)",
-    kernels={},
+    kernels=assembler.kernels("norm_silu_pad_backward"),
     reference=reference.norm_silu_pad_backward,
     fake=lambda dpadded, x, weight, bias, cache, *_: _norm_grads_like(x, cache),
 )
