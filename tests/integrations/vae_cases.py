@@ -1,5 +1,6 @@
 """Small video autoencoders of diffusers with random weights, beside their patched copies."""
 
+import contextlib
 import copy
 
 import torch
@@ -65,6 +66,46 @@ def patched(model, **switches):
     return model
 
 
+@contextlib.contextmanager
+def tiling(models, **options):
+    """Let models work in tiles for a while; what began with another setting goes back to it."""
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            held = {name: value for name, value in vars(model).items() if "til" in name}
+            stack.callback(vars(model).update, held)
+            model.enable_tiling(**options)
+        yield
+
+
 def relative(ours, theirs):
     """Return max |ours - theirs| / max |theirs|."""
     return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def assert_same_gradients(theirs, ours, loss, *inputs_and_tolerance):
+    """Hold every gradient of ours, of parameters and inputs, to theirs, relative to its largest element."""
+    *inputs, tolerance = inputs_and_tolerance
+    gradients = []
+    for model in (theirs, ours):
+        leaves = {f"input {i}": value.clone().requires_grad_() for i, value in enumerate(inputs)}
+        loss(model, *leaves.values()).backward()
+        gradients.append({**leaves, **dict(model.named_parameters())})
+        gradients[-1] = {name: leaf.grad for name, leaf in gradients[-1].items()}
+        model.zero_grad(set_to_none=True)
+    expected, got = gradients
+    for name, gradient in expected.items():
+        assert (gradient is None) == (got[name] is None), name
+        if gradient is not None and gradient.abs().max() > 0:
+            assert relative(got[name], gradient) < tolerance, name
+
+
+def peak_bytes(run):
+    """Return the most bytes that torch's CPU allocator held at once while run() ran, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -166,8 +166,22 @@ def check_unhooked(module: nn.Module, where: str) -> None:
         raise ValueError(f"{where} has a forward of its own, which the patched model would not call")
 
 
+def check_sources(model: nn.Module, known: Mapping[str, Mapping[str, str]]) -> None:
+    """Require that the classes inside a model have the source code which the replacements were written for.
+
+    Args:
+        model: the model; classes are looked up by name, whatever package holds them.
+        known: class name to method name to :func:`fingerprint`.
+
+    Raises:
+        ValueError: a method has other code, as in another version of its library.
+    """
+    for cls in dict.fromkeys(type(module) for module in model.modules()):
+        check_source(cls, known.get(cls.__name__, {}))
+
+
 def check_source(cls: type, known: Mapping[str, str]) -> None:
-    """Require that methods have the source code which the replacements were written for.
+    """Require that methods of a class have the source code which the replacements were written for.
 
     Args:
         cls: the class.

@@ -119,8 +119,10 @@ def blend_tiles(
         out: (B, C, F, H, W), where C may be several dimensions; what would go beyond is dropped.
     """
     above: list[Tensor] = []
+    row = 0
     for i, top in enumerate(starts[0]):
-        left_edge, edges = None, []
+        edges: list[Tensor] = []
+        left_edge, column = None, 0
         for j, left in enumerate(starts[1]):
             piece = tile(top, left)
             if i > 0:
@@ -129,11 +131,11 @@ def blend_tiles(
                 _fade(left_edge, piece, blend[1], dim=4)
             left_edge = _edge(piece, blend[1], dim=4)
             edges.append(_edge(piece, blend[0], dim=3))
-            place = out[..., i * step[0] : (i + 1) * step[0], j * step[1] : (j + 1) * step[1]]
+            place = out[..., row : row + step[0], column : column + step[1]]
             height, width = (min(sizes) for sizes in zip(place.shape[-2:], piece.shape[-2:], strict=True))
-            kept = piece[..., :height, :width].unflatten(1, out.shape[1:-3])
-            place[..., :height, :width] = kept
-        above = edges
+            place[..., :height, :width] = piece[..., :height, :width].unflatten(1, out.shape[1:-3])
+            column += width
+        above, row = edges, row + height
     return out
 
 

@@ -88,7 +88,7 @@ def apply_vidkern_to_wan_vae(
         ValueError: it is a subclass, another version, or already changed by somebody else; it is left as it was.
     """
     patching.check_class(model, f"{_MODULE}.AutoencoderKLWan")
-    _check_known(model)
+    patching.check_sources(model, _KNOWN)
     plan = patching.Plan(model)
     for path, module in model.named_modules():
         name = type(module).__name__
@@ -115,13 +115,6 @@ def apply_vidkern_to_wan_vae(
         for method, function in (("_encode", _encode), ("_decode", _decode), ("tiled_decode", _tiled_decode)):
             plan.replace(model, method, function, "method that assembles the clip: chunks written in place")
     return plan.apply()
-
-
-def _check_known(model: nn.Module) -> None:
-    """Require that every module of diffusers' file inside the model has the code that is known."""
-    for cls in dict.fromkeys(type(module) for module in model.modules()):
-        if cls.__module__ == _MODULE and cls.__name__ in _KNOWN:
-            patching.check_source(cls, _KNOWN[cls.__name__])
 
 
 def _check_absorbed(path: str, module: Any, *children: str) -> None:

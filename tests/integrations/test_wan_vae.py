@@ -1,0 +1,170 @@
+"""The patched AutoencoderKLWan against the unpatched one: Wan 2.1 and 2.2, decode and encode, whole and tiled."""
+
+import pytest
+import torch
+
+from tests.integrations.vae_cases import WAN21, WAN22, assert_same_gradients, patched, relative, tiling, wan
+
+CONFIGS = {"2.1": WAN21, "2.2": WAN22}
+EQUAL = 2e-5  # relative, in float32
+SWITCHES = ("conv", "norm", "resample", "shortcut", "attention", "assembly")
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request):
+    """The unpatched and the patched model."""
+    model = wan(CONFIGS[request.param])
+    return model, patched(model)
+
+
+def video(model, frames, batch=1, height=32, width=48):
+    patch = model.config.patch_size or 1
+    return torch.randn(batch, 3, frames, height * patch, width * patch)
+
+
+def latents(frames, batch=1, height=4, width=6):
+    return torch.randn(batch, 4, frames, height, width)
+
+
+def decoded(model, z, **options):
+    return model.decode(z, **options).sample
+
+
+def encoded(model, x):
+    return model.encode(x).latent_dist.parameters
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_decode(pair, frames):
+    theirs, ours = pair
+    z = latents(frames, batch=2)
+    clip = decoded(ours, z)
+    assert clip.shape[2] == 4 * frames - 3
+    assert clip.is_contiguous()
+    assert relative(clip, decoded(theirs, z)) < EQUAL
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 5, 9, 11])  # of 11, diffusers leaves out the last two
+def test_encode(pair, frames):
+    theirs, ours = pair
+    x = video(theirs, frames, batch=2)
+    assert relative(encoded(ours, x), encoded(theirs, x)) < EQUAL
+
+
+@torch.no_grad()
+def test_float64(pair):
+    theirs, ours = (model.double() for model in pair)
+    x, z = video(theirs, 5).double(), latents(3).double()
+    assert relative(encoded(ours, x), encoded(theirs, x)) < 1e-12
+    assert relative(decoded(ours, z), decoded(theirs, z)) < 1e-6  # diffusers upsamples in float32
+    for model in pair:
+        model.float()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
+def test_sixteen_bits_are_no_further_from_float64(pair, dtype, autocast):
+    theirs, ours = pair
+    z = latents(2)
+    exact = decoded(theirs.double(), z.double())
+    errors = []
+    for model in (theirs, ours):
+        model.float() if autocast else model.to(dtype)
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            clip = decoded(model, z if autocast else z.to(dtype))
+        assert clip.dtype == dtype
+        errors.append((clip.double() - exact).abs().mean())
+        model.float()
+    assert errors[1] <= 1.1 * errors[0]
+
+
+def tiles(pair, height, width, stride_height, stride_width):
+    """Let the models work in tiles of so many positions before unpatchifying."""
+    patch = pair[0].config.patch_size or 1
+    names = "tile_sample_min_height", "tile_sample_min_width", "tile_sample_stride_height", "tile_sample_stride_width"
+    sizes = (size * patch for size in (height, width, stride_height, stride_width))
+    return tiling(pair, **dict(zip(names, sizes, strict=True)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(7, 11), (4, 9), (9, 5)], ids=str)
+def test_tiles(pair, size):
+    theirs, ours = pair
+    z = latents(2, height=size[0], width=size[1])
+    x = video(theirs, 5, height=8 * size[0], width=8 * size[1])
+    with tiles(pair, 32, 48, 24, 32):
+        assert relative(decoded(ours, z), decoded(theirs, z)) < EQUAL
+        assert relative(encoded(ours, x), encoded(theirs, x)) < EQUAL
+
+
+@torch.no_grad()
+def test_slices_and_tuples(pair, monkeypatch):
+    theirs, ours = pair
+    z = latents(2, batch=2)
+    for model in pair:
+        monkeypatch.setattr(model, "use_slicing", True)
+    assert relative(decoded(ours, z), decoded(theirs, z)) < EQUAL
+    assert relative(ours.decode(z, return_dict=False)[0], decoded(theirs, z)) < EQUAL
+
+
+@torch.no_grad()
+def test_parts_without_caches(pair):
+    theirs, ours = (model.decoder.mid_block for model in pair)
+    x = torch.randn(1, theirs.dim, 3, 4, 5)
+    assert relative(ours(x), theirs(x)) < EQUAL
+    if pair[0].config.patch_size is None:  # without caches Wan 2.2's shortcuts do not fit
+        theirs, ours = pair
+        x, z = video(theirs, 4), latents(3)
+        assert relative(ours.encoder(x), theirs.encoder(x)) < EQUAL
+        assert relative(ours.decoder(z), theirs.decoder(z)) < EQUAL
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_switch_alone_and_left_out(pair, switch):
+    theirs = pair[0]
+    z, x = latents(3), video(theirs, 9)
+    clip, parameters = decoded(theirs, z), encoded(theirs, x)
+    for switches in ({name: name == switch for name in SWITCHES}, {switch: False}):
+        ours = patched(theirs, **switches)
+        assert relative(decoded(ours, z), clip) < EQUAL
+        assert relative(encoded(ours, x), parameters) < EQUAL
+
+
+def test_gradients(pair):
+    theirs, ours = pair
+    x, z = video(theirs, 5), latents(2)
+
+    def loss(model, x, z):
+        return encoded(model, x).square().mean() + decoded(model, z).square().mean()
+
+    assert_same_gradients(theirs, ours, loss, x, z, EQUAL)
+
+
+def test_gradients_through_tiles(pair):
+    z = latents(2, height=4, width=9)
+    with tiles(pair, 32, 48, 24, 32):
+        assert_same_gradients(*pair, lambda model, z: decoded(model, z).square().mean(), z, EQUAL)
+
+
+def test_dropout_drops_in_training_only():
+    theirs = wan(dropout=0.5)
+    ours = patched(theirs)
+    z = latents(2)
+    with torch.no_grad():
+        assert relative(decoded(ours, z), decoded(theirs, z)) < EQUAL
+        ours.train()
+        dropped = decoded(ours, z)
+        assert relative(dropped, decoded(theirs, z)) > 0.01
+        assert not torch.equal(dropped, decoded(ours, z))
+
+
+@torch.no_grad()
+def test_compile(pair):
+    theirs, ours = pair
+    z = latents(2)
+    decode = torch.compile(ours.decode, backend="aot_eager", fullgraph=True)
+    assert relative(decode(z).sample, decoded(theirs, z)) < EQUAL
