@@ -32,7 +32,8 @@ struct Stretches {
 
 template <typename F>
 void for_each_stretch(const Stretches& stretches, F f) {
-  const int64_t elements = kStretch * stretches.frames.f, count = stretches.frames.b * stretches.per_sample;
+  const int64_t elements = kStretch * stretches.frames.f;
+  const int64_t count = elements == 0 ? 0 : stretches.frames.b * stretches.per_sample;
   torch::stable::parallel_for(0, count, (kElementsPerThread + elements - 1) / std::max<int64_t>(elements, 1),
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t index = begin; index < end; ++index) f(stretches[index]);
