@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -146,15 +146,18 @@ def steps(config: LatteConfig, device: torch.device) -> Iterator[Step]:
     diffusion = PlainDiffusion(schedule)
     both = torch.cat([y, torch.full_like(y, CLASSES)])
 
-    def train_plain(counter: Counter, model: Callable[..., Tensor]) -> None:
+    def train(counter: Counter, loss: Callable[[], Tensor], leaves: Iterable[Tensor]) -> None:
         counter.start()
-        diffusion.loss(model, x0, t, y).backward()
+        loss().backward()
         counter.stop()
+        for tensor in leaves:
+            tensor.grad = None
 
-    def train_ours(counter: Counter, model: Callable[..., Tensor]) -> None:
-        counter.start()
-        diffusion_loss(model, x0, t, schedule, key, y=y)["loss"].backward()
-        counter.stop()
+    def train_plain(counter: Counter, model: Callable[..., Tensor], leaves: Iterable[Tensor]) -> None:
+        train(counter, lambda: diffusion.loss(model, x0, t, y), leaves)
+
+    def train_ours(counter: Counter, model: Callable[..., Tensor], leaves: Iterable[Tensor]) -> None:
+        train(counter, lambda: diffusion_loss(model, x0, t, schedule, key, y=y)["loss"], leaves)
 
     @torch.no_grad()
     def sample_plain(counter: Counter, model: Callable[..., Tensor]) -> None:
@@ -167,27 +170,29 @@ def steps(config: LatteConfig, device: torch.device) -> Iterator[Step]:
         def progress(step: int, total: int) -> None:
             (counter.start if step == 1 else counter.stop)()
 
-        sample(
-            model, x0, schedule, key, num_steps=2, y=y, y_null=CLASSES, cfg_scale=SCALE, progress=progress
-        )  # fmt: skip
-
-    def constant(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return outputs[: len(x)]
-
-    def leaf(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return predicted
+        sample(model, x0, schedule, key, num_steps=2, y=y, y_null=CLASSES, cfg_scale=SCALE, progress=progress)
 
     predicted = outputs[:BATCH].clone().requires_grad_()
-    yield Step("noise and loss", lambda c: train_plain(c, leaf), lambda c: train_ours(c, leaf))
-    yield Step("guidance and DDIM step", lambda c: sample_plain(c, constant), lambda c: sample_ours(c, constant))
+    yield Step(
+        "noise and loss",
+        lambda counter: train_plain(counter, lambda *_: predicted, [predicted]),
+        lambda counter: train_ours(counter, lambda *_: predicted, [predicted]),
+    )
+    yield Step(
+        "guidance and DDIM step",
+        lambda counter: sample_plain(counter, lambda *_: outputs),
+        lambda counter: sample_ours(counter, lambda *_: outputs),
+    )
     network, plain = Latte(config).to(device), PlainLatte(config).to(device)
     yield Step(
-        "training step: forward, loss, backward", lambda c: train_plain(c, plain), lambda c: train_ours(c, network)
+        "training step: forward, loss, backward",
+        lambda counter: train_plain(counter, plain, plain.parameters()),
+        lambda counter: train_ours(counter, network, network.parameters()),
     )
     yield Step(
         "sampling step with guidance",
-        lambda c: sample_plain(c, plain.eval()),
-        lambda c: sample_ours(c, network.eval()),
+        lambda counter: sample_plain(counter, plain.eval()),
+        lambda counter: sample_ours(counter, network.eval()),
     )
 
 

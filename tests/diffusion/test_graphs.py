@@ -344,6 +344,21 @@ def test_the_callers_stream_is_kept_and_obeyed():
 
 
 @needs_cuda
+@every_run
+def test_a_caller_can_capture_the_whole_loop(options, told):
+    run = {**on("cuda", options), "shape": SHAPE, "num_steps": STEPS}
+    sample(**run)  # compiles and allocates
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = sample(**run, graph=True)
+    for key in ([5, 6], [7, 8]):
+        run["key"].copy_(torch.tensor(key))
+        graph.replay()
+        assert torch.equal(drawn, sample(**run))
+    assert told() == ["graph=True, but no CUDA graph is used: the stream is being captured already"]
+
+
+@needs_cuda
 def test_a_model_that_waits_is_named_and_served(told):
     network = Network(C).cuda()
 
