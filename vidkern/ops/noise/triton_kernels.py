@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidkern.ops.noise.triton_bound import decoder, distance_per_residual, divergence
 from vidkern.ops.noise.triton_clips import (
     TILE,
     launch,
@@ -28,13 +29,17 @@ from vidkern.ops.noise.triton_clips import (
 )
 from vidkern.ops.noise.triton_generator import base_noise, fold_key, frame_noise, groups_of
 
+BITS = tl.constexpr(1 / math.log(2))  # a nat
+SLOPE_IN_BITS = tl.constexpr(0.5 / math.log(2))
 STREAM_PACK = 8  # elements of a load where no noise is drawn
 SUM_TILE = 256  # runs
 
-RUN_TIME = ["key_stride", "first_sample", "frames", "elements", "together", "blocks", "height", "width"]
+TABLES = ["mean_coef", "low", "high"]
+PER_FRAME = ["key", "weight", "alpha", "sigma", "t", "dmse", "dvb", "slope", *TABLES]
+RUN_TIME = ["key_stride", "first_sample", "frames", "elements", "together", "blocks", "height", "width", "steps"]
 RUN_TIME += [f"{clip}_{axis}" for clip in ("x0", "dx_t", "dtarget", "pred", "residual") for axis in "bfchw"]
-RUN_TIME += [f"{level}_{axis}" for level in ("weight", "alpha", "sigma", "dmse") for axis in "bf"]
-PER_FRAME = ["key", "weight", "alpha", "sigma", "dmse"]
+RUN_TIME += [f"{level}_{axis}" for level in PER_FRAME for axis in "bf"]
+RUN_TIME += [f"{table}_stride" for table in TABLES]
 
 
 @triton.jit
@@ -311,6 +316,138 @@ def _mse_backward(
     store_part(dpred, b * frames + f, elements, start, count, scale * r, TILE, UNIT)
 
 
+@triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=PER_FRAME)
+def _hybrid_loss(
+    pred,  # (B, F, C, H, W), the first half of a model's channels
+    fraction,  # the second half
+    x0,
+    alpha,  # (B, F)
+    sigma,
+    t,
+    mean_coef,  # (T)
+    low,
+    high,
+    key,
+    weight,
+    factors,  # (B, F, 2C, H, W), contiguous
+    slope,  # (B, F), contiguous
+    mse,  # (B, F, runs)
+    vb,
+    divisor,
+    pred_b,
+    pred_f,
+    pred_c,
+    pred_h,
+    pred_w,
+    x0_b,
+    x0_f,
+    x0_c,
+    x0_h,
+    x0_w,
+    alpha_b,
+    alpha_f,
+    sigma_b,
+    sigma_f,
+    t_b,
+    t_f,
+    mean_coef_stride,
+    low_stride,
+    high_stride,
+    steps,
+    key_stride,
+    first_sample: tl.uint32,
+    weight_b,
+    weight_f,
+    frames,
+    elements,
+    together,
+    blocks,
+    height,
+    width,
+    PREDICTION: tl.constexpr,
+    SHARING: tl.constexpr,
+    TILE: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    b, first, taken, start, count = part_of(frames, elements, together, blocks, TILE, UNIT)
+    k0, k1 = fold_key(key, key_stride)
+    sample, groups = (first_sample + b).to(tl.uint32), groups_of(start, TILE)
+    base = base_noise(groups, sample, None, k0, k1, SHARING)
+    noise = tl.zeros((TILE,), tl.float32)
+    pred_place = (pred_b, pred_f, pred_c, pred_h, pred_w, height, width)
+    x0_place = (x0_b, x0_f, x0_c, x0_h, x0_w, height, width)
+    inside = tl.arange(0, TILE) < count
+    for i in range(taken):
+        f = first + i
+        out = load_part(pred, pred_place, b, f, start, count, TILE, UNIT).to(tl.float32)
+        v = load_part(fraction, pred_place, b, f, start, count, TILE, UNIT).to(tl.float32)
+        x = load_part(x0, x0_place, b, f, start, count, TILE, UNIT).to(tl.float32)
+        a = load_level(alpha, b, f, alpha_b, alpha_f)
+        s = load_level(sigma, b, f, sigma_b, sigma_f)
+        share = load_level(weight, b, f, weight_b, weight_f)
+        noise = frame_noise(noise, base, groups, f, sample, None, k0, k1, share, SHARING)
+        r = out - _regressed(x, noise, a, s, PREDICTION)
+
+        step = tl.minimum(tl.maximum(load_level(t, b, f, t_b, t_f), 0), steps - 1)
+        log_low = tl.load(low + step * low_stride)
+        half_range = (tl.load(high + step * high_stride) - log_low) * 0.5
+        distance = tl.load(mean_coef + step * mean_coef_stride) * distance_per_residual(a, s, PREDICTION) * r
+        excess = (v + 1.0) * half_range
+        if step == 0:
+            bound, bound_slope = decoder(x, distance, (log_low + excess) * 0.5)
+        else:
+            bound, bound_slope = divergence(distance, log_low, excess)
+
+        frame = b * frames + f
+        store_part(factors, 2 * frame, elements, start, count, r, TILE, UNIT)
+        store_part(factors, 2 * frame + 1, elements, start, count, bound_slope, TILE, UNIT)
+        tl.store(slope + frame, half_range * SLOPE_IN_BITS, mask=start == 0)
+        part = frame * runs_of(elements, TILE) + start // TILE
+        tl.store(mse + part, tl.div_rn(tl.sum(tl.where(inside, r * r, 0.0)), divisor))
+        tl.store(vb + part, tl.div_rn(tl.sum(tl.where(inside, bound, 0.0)) * BITS, divisor))
+
+
+@triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=PER_FRAME)
+def _hybrid_loss_backward(
+    dmse,  # (B, F)
+    dvb,
+    residual,  # (B, F, C, H, W), the factors' first half
+    bound_slope,  # the second half
+    slope,  # (B, F)
+    dout,  # (B, F, 2C, H, W), contiguous
+    factor,
+    divisor,
+    dmse_b,
+    dmse_f,
+    dvb_b,
+    dvb_f,
+    residual_b,
+    residual_f,
+    residual_c,
+    residual_h,
+    residual_w,
+    slope_b,
+    slope_f,
+    frames,
+    elements,
+    together,
+    blocks,
+    height,
+    width,
+    TILE: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    b, f, _, start, count = part_of(frames, elements, together, blocks, TILE, UNIT)
+    place = (residual_b, residual_f, residual_c, residual_h, residual_w, height, width)
+    of_pred = load_part(residual, place, b, f, start, count, TILE, UNIT).to(tl.float32)
+    of_fraction = load_part(bound_slope, place, b, f, start, count, TILE, UNIT).to(tl.float32)
+    dpred = load_level(dmse, b, f, dmse_b, dmse_f) * factor
+    dfraction = load_level(dvb, b, f, dvb_b, dvb_f) * load_level(slope, b, f, slope_b, slope_f)
+    frame = 2 * (b * frames + f)
+    store_part(dout, frame, elements, start, count, dpred * of_pred, TILE, UNIT)
+    store_part(dout, frame + 1, elements, start, count, tl.div_rn(dfraction, divisor) * of_fraction, TILE, UNIT)
+
+
 @triton.jit(do_not_specialize=["runs"])
 def _sum_runs(parts, totals, divisor, runs, SUM_TILE: tl.constexpr):
     """(B, F, runs) -> (B, F), for each of the tensors."""
@@ -470,3 +607,61 @@ def diffusion_mse_backward(dmse: Tensor, residual: Tensor) -> Tensor:
         UNIT=unit_of(work.elements, place, pack=STREAM_PACK),
     )
     return dpred
+
+
+def hybrid_loss(
+    model_out: Tensor,
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    t: Tensor,
+    posterior_mean_coef: Tensor,
+    posterior_log_variance: Tensor,
+    log_beta: Tensor,
+    key: Tensor,
+    prediction: str,
+    sharing: str,
+    base_weight: Tensor | None,
+    sample_offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (mse, vb, factors, slope)."""
+    pred, fraction = model_out.chunk(2, 2)
+    tables = posterior_mean_coef, posterior_log_variance, log_beta
+    factors, sums = model_out.new_empty(model_out.shape), FrameSums(x0, 2)
+    slope = x0.new_empty(x0.shape[:2], dtype=torch.float32)
+    work, places = work_of(x0.shape, sharing), [place_of(clip) for clip in (pred, x0)]
+    elements = float(work.elements)
+    launch(
+        _hybrid_loss,
+        programs_of(work, x0.shape[0]),
+        x0,
+        *(pred, fraction, x0, alpha, sigma, t, *tables, key, base_weight, factors, slope, *sums.parts),
+        elements if sums.runs == 1 else 1.0,
+        *(stride for place in places for stride in place),
+        *(*alpha.stride(), *sigma.stride(), *t.stride(), *(table.stride(0) for table in tables), log_beta.numel()),
+        *(key.stride(0), sample_offset, *pair(base_weight), *work, *x0.shape[3:]),
+        PREDICTION=prediction,
+        SHARING=sharing,
+        TILE=TILE,
+        UNIT=unit_of(work.elements, *places),
+    )
+    mse, vb = sums.add_up(elements)
+    return mse, vb, factors, slope
+
+
+def hybrid_loss_backward(dmse: Tensor, dvb: Tensor, factors: Tensor, slope: Tensor) -> Tensor:
+    """Return dmodel_out = [2 dmse, dvb * slope] / (C H W) * factors, for the two halves of the channels."""
+    residual, bound_slope = factors.chunk(2, 2)
+    dout, place = factors.new_empty(factors.shape), place_of(residual)
+    work = work_of(residual.shape, "independent")
+    elements = max(work.elements, 1)
+    launch(
+        _hybrid_loss_backward,
+        programs_of(work, factors.shape[0]),
+        factors,
+        *(dmse, dvb, residual, bound_slope, slope, dout, 2.0 / elements, float(elements)),
+        *(*dmse.stride(), *dvb.stride(), *place, *slope.stride(), *work, *factors.shape[3:]),
+        TILE=TILE,
+        UNIT=unit_of(work.elements, place, pack=STREAM_PACK),
+    )
+    return dout
