@@ -1,8 +1,8 @@
 """Compiles Triton kernels for GPUs that are not here, and reads what became of them.
 
-Run as ``python -m tests.triton_aot MODULE FUNCTION`` in a process without TRITON_INTERPRET: FUNCTION of MODULE launches
-kernels as users would, on CPU tensors; what Triton would compile for a launch is compiled for every target instead of
-run, once for all launches that it serves. Prints one JSON list.
+Run as ``python -m tests.triton_aot MODULE FUNCTION TARGET...`` in a process without TRITON_INTERPRET: FUNCTION of
+MODULE launches kernels as users would, on CPU tensors; what Triton would compile for a launch is compiled for every
+target instead of run, once for all launches that it serves. Prints one JSON list.
 """
 
 import importlib
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +31,10 @@ class Gpu(NamedTuple):
 TARGETS = {80: Gpu(64, 32, 164 * 1024), 86: Gpu(48, 16, 100 * 1024), 90: Gpu(64, 32, 228 * 1024)}
 
 
-def report(module: str, function: str) -> list[dict[str, Any]]:
+def report(module: str, function: str, targets: Iterable[int] = TARGETS) -> list[dict[str, Any]]:
     """Compile in a fresh process; return a dict for each specialisation and target: kernel, target, launches, ..."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.triton_aot", module, function]
+    command = [sys.executable, "-m", "tests.triton_aot", module, function, *map(str, targets)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -95,13 +96,18 @@ class Launches:
                 [tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
             ).stdout
         registers, stack, local = (int(re.search(rf"\b{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
+        ptx = compiled.asm["ptx"]
+        copies = re.findall(r"cp\.async\.c[ag]\..*, (0x\w+)", ptx)  # bytes a thread
         shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
         return {
             "warps": warps,
             "registers": registers,
             "local_bytes": stack + local,
             "shared_bytes": shared,
-            "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])),
+            "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
+            "wide_copies": copies.count("0x10"),
+            "narrow_copies": len(copies) - copies.count("0x10"),
+            "products": sorted(set(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)\S*", ptx))),
             "resident_warps": resident_warps(self.target.arch, registers, shared, warps),
         }
 
@@ -111,10 +117,10 @@ def _named_constants(source: Any) -> dict[str, Any]:
     return {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1 and value is not None}
 
 
-def _main(module: str, function: str) -> None:
+def _main(module: str, function: str, *targets: str) -> None:
     from triton.runtime.jit import JITFunction
 
-    launches = [Launches(capability) for capability in TARGETS]
+    launches = [Launches(int(target)) for target in targets]
 
     def compile_instead(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         for target in launches:

@@ -49,7 +49,9 @@ CASES = {
     ),
     "3x3x3 cache, replicate": Case((3, 3, 3), (8, 8), (1, 1, 4, 5), (1, 1, 2), space_pad="replicate", cached=2),
     "3x1x1 first frame": Case((3, 1, 1), (96, 17), (2, 3, 4, 4), time_pad="first_frame", residual=True),
-    "3x1x1 dilated cache": Case((3, 1, 1), (17, 8), (2, 2, 3, 5), dilation=(2, 1, 1), cached=4, bias=True),
+    "3x1x1 dilated cache": Case(
+        (3, 1, 1), (17, 8), (2, 2, 3, 5), dilation=(2, 1, 1), time_pad="first_frame", cached=4, bias=True
+    ),
     "3x1x1 cache between strides": Case((3, 1, 1), (8, 3), (1, 4, 3, 5), stride=(2, 1, 1), cached=1),
     "1x3x3 dilated, reflect": Case((1, 3, 3), (17, 3), (1, 2, 6, 7), (2, 2, 1), (1, 2, 1), space_pad="reflect"),
     "1x3x3 zeros": Case((1, 3, 3), (40, 24), (1, 1, 5, 7), (1, 2, 2), bias=True),

@@ -28,7 +28,7 @@ LOAD_BYTES = 16
 ENOUGH_PROGRAMS = 1024  # to fill a GPU a few times over
 SHORTEST_RUN = 16  # tiles of positions that a partial sum of the weight's or the bias's gradient takes
 SUM_ROWS, SUM_RUNS, SUM_WIDTH = 32, 8, 128  # positions, runs and channels that are added side by side
-MAX_REGISTERS = 128  # of a thread: two programs of eight warps share a multiprocessor
+MAX_REGISTERS = 128  # of a thread where loads are wide: two programs of eight warps share a multiprocessor
 PIECE_TERMS = 128  # of a float32 sum, which are summed on their own: one long sum loses digits
 
 
@@ -123,8 +123,8 @@ def _gather(
         x_w = tl.where(cached, cache_strides[3], x_w)
         f_in = f_in | cached
         f = tl.where(cached, f + befores[0], f)
-    frame = frames + tl.multiple_of(b.to(tl.int64) * x_b + f.to(tl.int64) * x_f, UNIT)
-    offsets = tl.multiple_of(row.to(OFFSET) * x_h + column.to(OFFSET) * x_w, UNIT)
+    frame = frames + (b.to(tl.int64) * x_b + f.to(tl.int64) * x_f) * UNIT
+    offsets = (row.to(OFFSET) * x_h + column.to(OFFSET) * x_w) * UNIT
     inside = wanted & row_in & column_in & f_in
     return tl.load(
         frame + offsets[:, None] + channels[None, :],
@@ -240,11 +240,11 @@ def _convolve(
             *(KERNEL, STRIDE, TIME_PAD, SPACE_PAD, TRANSPOSED, X_UNIT, OFFSET),
         )
         i, j, l = tap // (KERNEL[1] * KERNEL[2]), tap // KERNEL[2] % KERNEL[1], tap % KERNEL[2]
-        weights = weight + tl.multiple_of(i * weight_f + j * weight_h + l * weight_w, WEIGHT_UNIT)
+        weights = weight + (i.to(OFFSET) * weight_f + j.to(OFFSET) * weight_h + l.to(OFFSET) * weight_w) * WEIGHT_UNIT
         if TRANSPOSED:
-            weights += tl.multiple_of(k.to(OFFSET) * weight_o, WEIGHT_UNIT)[:, None] + n[None, :]
+            weights += (k.to(OFFSET) * weight_o * WEIGHT_UNIT)[:, None] + n[None, :]
         else:
-            weights += tl.multiple_of(n.to(OFFSET) * weight_o, WEIGHT_UNIT)[None, :] + k[:, None]
+            weights += (n.to(OFFSET) * weight_o * WEIGHT_UNIT)[None, :] + k[:, None]
         c = tl.load(weights, mask=(k < x_channels)[:, None] & n_in[None, :], other=0.0)
         sums = tl.dot(a.to(OPERAND), c.to(OPERAND), sums, input_precision=PRECISION)
         sums, total = _carry(sums, total, step, PIECE)
@@ -254,15 +254,15 @@ def _convolve(
         sums += tl.load(bias + n, mask=n_in, other=0.0).to(tl.float32)[None, :]
     inside = m_in[:, None] & n_in[None, :]
     if residual is not None:
-        residual += tl.multiple_of(b.to(tl.int64) * residual_b + t.to(tl.int64) * residual_f, Y_UNIT)
-        places = tl.multiple_of(h.to(OFFSET) * residual_h + w.to(OFFSET) * residual_w, Y_UNIT)
+        residual += (b.to(tl.int64) * residual_b + t.to(tl.int64) * residual_f) * Y_UNIT
+        places = (h.to(OFFSET) * residual_h + w.to(OFFSET) * residual_w) * Y_UNIT
         sums += tl.load(residual + places[:, None] + n[None, :], mask=inside, other=0.0).to(tl.float32)
     if head is not None:
         first = t < head_frames
         y = tl.where(first, head, y)
         image = tl.where(first, b * head_frames + t, b * (frames - head_frames) + t - head_frames)
-    y += tl.multiple_of(image.to(tl.int64) * height * width * channels, Y_UNIT)
-    places = tl.multiple_of(m.to(OFFSET) * channels, Y_UNIT)
+    y += image.to(tl.int64) * height * width * channels
+    places = m.to(OFFSET) * channels
     tl.store(y + places[:, None] + n[None, :], sums.to(y.dtype.element_ty), mask=inside)
 
 
@@ -332,8 +332,8 @@ def _weight_gradient(
         b, t = image // frames, image % frames
         k = chunk % chunks_of_frame * K + tl.arange(0, K)
         h, w, k_in = k // width, k % width, k < height * width
-        places = tl.multiple_of(h.to(OFFSET) * dy_h + w.to(OFFSET) * dy_w, DY_UNIT)
-        frame = dy + tl.multiple_of(b.to(tl.int64) * dy_b + t.to(tl.int64) * dy_f, DY_UNIT)
+        places = (h.to(OFFSET) * dy_h + w.to(OFFSET) * dy_w) * DY_UNIT
+        frame = dy + (b.to(tl.int64) * dy_b + t.to(tl.int64) * dy_f) * DY_UNIT
         grad = tl.load(frame + places[None, :] + m[:, None], mask=k_in[None, :] & (m < channels)[:, None], other=0.0)
         a = _gather(
             *(x, cache, b, t, h, w, k_in, tap, n, x_channels),
@@ -348,7 +348,7 @@ def _weight_gradient(
         sums, total = _carry(sums, total, chunk - first, PIECE)
     sums += total
     rows_of_all = (part.to(tl.int64) * channels + m) * TAPS + tap
-    places = tl.multiple_of(rows_of_all * x_channels, X_UNIT)
+    places = rows_of_all * x_channels
     tl.store(partials + places[:, None] + n[None, :], sums, mask=(m < channels)[:, None] & (n < x_channels)[None, :])
 
 
@@ -381,8 +381,8 @@ def _bias_gradient(
         image = chunk // chunks_of_frame
         position = chunk % chunks_of_frame * ROWS + tl.arange(0, ROWS)
         b, t, h, w = image // frames, image % frames, position // width, position % width
-        places = tl.multiple_of(h.to(OFFSET) * dy_h + w.to(OFFSET) * dy_w, DY_UNIT)
-        frame = dy + tl.multiple_of(b.to(tl.int64) * dy_b + t.to(tl.int64) * dy_f, DY_UNIT)
+        places = (h.to(OFFSET) * dy_h + w.to(OFFSET) * dy_w) * DY_UNIT
+        frame = dy + (b.to(tl.int64) * dy_b + t.to(tl.int64) * dy_f) * DY_UNIT
         inside = (position < height * width)[:, None] & (columns < channels)[None, :]
         sums += tl.load(frame + places[:, None] + columns[None, :], mask=inside, other=0.0).to(SUM)
     tl.store(partials + part.to(tl.int64) * channels + columns, tl.sum(sums, 0), mask=columns < channels)
@@ -415,17 +415,15 @@ def _columns(channels: int) -> int:
 
 
 def _tile(rows: int, channels: int, terms: int, dtype: torch.dtype, precision: str, capability: int) -> Tile:
-    """Return the tile for a product of so many rows, columns and terms of a tap; two share any multiprocessor."""
+    """Return the tile for a product of so many rows, columns and terms of a tap."""
     if dtype != torch.float32:
-        long = (
-            capability >= 9 and terms % 64 == 0
-        )  # terms that a step takes: wgmma wants many, and nothing beyond the last
+        long = capability >= 9 and terms % 64 == 0  # wgmma wants many terms, and none beyond the last
         m, n, k, stages = _power_of_two(rows, 128), _columns(channels), 64 if long else 32, 3 if long else 4
     elif precision == "tf32":
         m, n, k, stages = _power_of_two(rows, 128), min(64, _columns(channels)), 32, 3
     else:
         m, n, k, stages = _power_of_two(rows, 64), min(64, _columns(channels)), 16, 3
-    return Tile(m, n, k, min(8, max(1, m * n // 1024)), stages)
+    return Tile(m, n, _power_of_two(terms, k), min(8, max(1, m // 32, m * n // 1024)), stages)
 
 
 def _capability(device: torch.device) -> int:
@@ -439,11 +437,11 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed == "tf32" else "ieee"
 
 
-def _strides(x: Tensor | None) -> list[int]:
-    """Return the strides of all but the channels; an axis of one position has none."""
+def _strides(x: Tensor | None, unit: int = 1) -> list[int]:
+    """Return the strides of all but the channels, in units of so many elements; an axis of one position has none."""
     if x is None:
         return [0] * 4
-    return [x.stride(axis) if x.shape[axis] > 1 else 0 for axis in (0, 2, 3, 4)]
+    return [x.stride(axis) // unit if x.shape[axis] > 1 else 0 for axis in (0, 2, 3, 4)]
 
 
 def _unit(*tensors: Tensor | None) -> int:
@@ -460,7 +458,7 @@ def _is_wide(*tensors: Tensor | None) -> bool:
     return max(spans) >= 2**31
 
 
-def _constants(dtype: torch.dtype, tile: Tile, precision: str) -> dict[str, Any]:
+def _constants(dtype: torch.dtype, tile: Tile, precision: str, aligned: bool) -> dict[str, Any]:
     return {
         "M": tile.m,
         "N": tile.n,
@@ -469,7 +467,7 @@ def _constants(dtype: torch.dtype, tile: Tile, precision: str) -> dict[str, Any]
         "PRECISION": precision,
         "INTERPRETED": _extension.interpreting(),
         "num_warps": tile.warps,
-        "maxnreg": MAX_REGISTERS,
+        "maxnreg": MAX_REGISTERS if aligned else None,
         "num_stages": tile.stages,
     }
 
@@ -514,23 +512,24 @@ def _launch_convolve(
     weight, precision = _prepared(weight), _precision(x.dtype)
     tile = _tile(height * width, channels, x.shape[1], x.dtype, precision, _capability(x.device))
     programs = batch * frames * triton.cdiv(height * width, tile.m) * triton.cdiv(channels, tile.n)
-    x_unit, y_unit = _unit(x, cache), _unit(y, residual)
+    x_unit, weight_unit, y_unit = _unit(x, cache), _unit(weight), _unit(y, residual)
     with torch.cuda.device_of(x):
         _convolve[(programs,)](
             *(x, cache, weight, bias, residual, y, head),
             *(frames, height, width, channels // y_unit, head_frames),
             *(*x.shape[2:], x.shape[1] // x_unit, *befores, *dilation),
-            *(*_strides(x), *_strides(cache), *_strides(weight), *_strides(residual)),
+            *(*_strides(x, x_unit), *_strides(cache, x_unit)),
+            *(*_strides(weight, weight_unit), *_strides(residual, y_unit)),
             KERNEL=tuple(weight.shape[2:]),
             STRIDE=tuple(stride),
-            TIME_PAD="replicate" if time_pad == "first_frame" else "zeros",
+            TIME_PAD="replicate" if time_pad == "first_frame" and cache is None else "zeros",
             SPACE_PAD=space_pad,
             TRANSPOSED=transposed,
             X_UNIT=x_unit,
-            WEIGHT_UNIT=_unit(weight),
+            WEIGHT_UNIT=weight_unit,
             WIDE=_is_wide(x, cache, weight, residual, y, head),
             Y_UNIT=y_unit,
-            **_constants(x.dtype, tile, precision),
+            **_constants(x.dtype, tile, precision, min(x_unit, weight_unit) > 1),
         )
 
 
@@ -615,15 +614,16 @@ def _launch_weight_gradient(
     with torch.cuda.device_of(x):
         _weight_gradient[(programs * runs,)](
             *(dy, x, cache, partials, frames, height, width, channels // dy_unit, *x.shape[2:], x_channels // x_unit),
-            *(*befores, *dilation, chunks, run, *_strides(dy), *_strides(x), *_strides(cache)),
+            *(*befores, *dilation, chunks, run),
+            *(*_strides(dy, dy_unit), *_strides(x, x_unit), *_strides(cache, x_unit)),
             KERNEL=tuple(weight.shape[2:]),
             STRIDE=tuple(stride),
-            TIME_PAD="replicate" if time_pad == "first_frame" else "zeros",
+            TIME_PAD="replicate" if time_pad == "first_frame" and cache is None else "zeros",
             SPACE_PAD=space_pad,
             X_UNIT=x_unit,
             DY_UNIT=dy_unit,
             WIDE=_is_wide(dy, x, cache),
-            **_constants(x.dtype, tile, precision),
+            **_constants(x.dtype, tile, precision, min(x_unit, dy_unit) > 1),
         )
         _launch_sum(partials, dweight, channels, taps, x_channels)
     return dweight
@@ -645,7 +645,7 @@ def _launch_bias_gradient(dy: Tensor) -> Tensor:
     dbias, unit = dy.new_empty(channels), _unit(dy)
     with torch.cuda.device_of(dy):
         _bias_gradient[(runs, triton.cdiv(channels, SUM_WIDTH))](
-            *(dy, partials, frames, height, width, channels // unit, chunks, run, *_strides(dy)),
+            *(dy, partials, frames, height, width, channels // unit, chunks, run, *_strides(dy, unit)),
             DY_UNIT=unit,
             WIDE=_is_wide(dy),
             ROWS=SUM_ROWS,
