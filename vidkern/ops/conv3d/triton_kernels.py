@@ -240,7 +240,7 @@ def _convolve(
             *(KERNEL, STRIDE, TIME_PAD, SPACE_PAD, TRANSPOSED, X_UNIT, OFFSET),
         )
         i, j, l = tap // (KERNEL[1] * KERNEL[2]), tap // KERNEL[2] % KERNEL[1], tap % KERNEL[2]
-        weights = weight + (i.to(OFFSET) * weight_f + j.to(OFFSET) * weight_h + l.to(OFFSET) * weight_w) * WEIGHT_UNIT
+        weights = weight + (i * weight_f.to(OFFSET) + j * weight_h.to(OFFSET) + l * weight_w.to(OFFSET)) * WEIGHT_UNIT
         if TRANSPOSED:
             weights += (k.to(OFFSET) * weight_o * WEIGHT_UNIT)[:, None] + n[None, :]
         else:
