@@ -165,7 +165,7 @@ class AnyPythonWheel(bdist_wheel):
 setup(
     version=runpy.run_path(str(ROOT / "vidkern" / "version.py"))["__version__"],
     packages=find_packages(include=["vidkern", "vidkern.*"]),
-    package_data={"vidkern": ["py.typed", "**/README.md"]},
+    package_data={"vidkern": ["py.typed", "**/README.md", "ops/conv3d/roads.json"]},
     ext_modules=[Extension("vidkern._C_cpu", [])],  # marks the wheel as one for this platform
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},
 )

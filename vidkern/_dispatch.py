@@ -126,11 +126,16 @@ class Dispatcher:
         kernels: Mapping[str, Kernel],
         device_argument: int,
         order: Mapping[str, tuple[str, ...]] | None = None,
+        prefer: Callable[..., str | None] | None = None,
     ) -> None:
-        """``device_argument`` is the position of the tensor whose device decides; ``order`` replaces AUTOMATIC."""
+        """``device_argument`` is the position of the tensor whose device decides; ``order`` replaces AUTOMATIC.
+
+        ``prefer`` names, for the operator's arguments, the backend that is asked before the others, or None.
+        """
         self.name = name
         self.kernels = dict(kernels)
         self._device_argument = device_argument
+        self._prefer = prefer
         self._order = {**AUTOMATIC, **(order or {})}
         self._candidates = {
             device: [(candidate, self.kernels[candidate]) for candidate in candidates if candidate in self.kernels]
@@ -143,7 +148,11 @@ class Dispatcher:
         device = "cpu" if tensor.is_cpu else tensor.device.type  # `device.type` alone takes 0.3 us
         if _forced is not None:
             return self._serve_forced(_forced, device, args)
-        for candidate, kernel in self._candidates.get(device, self._reference):
+        candidates = self._candidates.get(device, self._reference)
+        if self._prefer is not None:
+            first = self._prefer(*args)
+            candidates = sorted(candidates, key=lambda candidate: candidate[0] != first)
+        for candidate, kernel in candidates:
             reason = kernel.unavailable or kernel.supports(*args)
             if _log_dispatch:
                 tell(f"{self.name} on {device}: " + (f"not {candidate}: {reason}" if reason else candidate))

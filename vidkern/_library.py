@@ -63,6 +63,7 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     order: Mapping[str, tuple[str, ...]] | None = None,
+    prefer: Callable[..., str | None] | None = None,
 ) -> Operator:
     """Define ``vidkern::<schema>`` and return it to be called.
 
@@ -72,13 +73,14 @@ def define(
         reference: the definition; takes every call.
         fake: returns empty tensors with the results' exact shapes, strides and dtypes.
         order: for a device type, the backends in the order in which measurements prefer them.
+        prefer: for the operator's arguments, the backend that is asked before the others, or None.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.vidkern, name).default
     arguments = [str(argument.type) for argument in overload._schema.arguments]
     every = {**kernels, "reference": Kernel(reference, lambda *_: None)}
-    operators[name] = Dispatcher(name, every, arguments.index("Tensor"), order)
+    operators[name] = Dispatcher(name, every, arguments.index("Tensor"), order, prefer)
     _LIBRARY.impl(name, operators[name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"vidkern::{name}", fake, lib=_LIBRARY)
     return Operator(overload, operators[name])

@@ -131,26 +131,26 @@ inline Axis around(int64_t size, int64_t kernel, int64_t dilation, PadMode mode)
   return {total / 2, size, total - total / 2, mode};
 }
 
+using Sizes = std::vector<int64_t>;
+using Cache = std::optional<Tensor>;
+
+inline Padding padding_of(int64_t frames, int64_t height, int64_t width, const Tensor& like, const Cache& cache,
+                          const Sizes& kernel, const Sizes& dilation, const std::string& time_pad,
+                          const std::string& space_pad) {
+  const int64_t cached = cache ? cache->size(2) : 0, before = cache ? 0 : (kernel[0] - 1) * dilation[0];
+  const PadMode time = time_pad == "first_frame" ? PadMode::edge : PadMode::zeros, space = space_mode(space_pad);
+  return {like.size(0), like.size(1), cached, {before, cached + frames, 0, time},
+          around(height, kernel[1], dilation[1], space), around(width, kernel[2], dilation[2], space)};
+}
+
+inline Padding padding_of(const Tensor& x, const Cache& cache, const Sizes& kernel, const Sizes& dilation,
+                          const std::string& time_pad, const std::string& space_pad) {
+  return padding_of(x.size(2), x.size(3), x.size(4), x, cache, kernel, dilation, time_pad, space_pad);
+}
+
 // Backend has pad<norm>(on, PadForward), which also fills the statistics, and pad_backward<norm>(on, PadBackward).
 template <typename Backend>
 struct PadOperators {
-  using Sizes = std::vector<int64_t>;
-  using Cache = std::optional<Tensor>;
-
-  static Padding padding_of(int64_t frames, int64_t height, int64_t width, const Tensor& like, const Cache& cache,
-                            const Sizes& kernel, const Sizes& dilation, const std::string& time_pad,
-                            const std::string& space_pad) {
-    const int64_t cached = cache ? cache->size(2) : 0, before = cache ? 0 : (kernel[0] - 1) * dilation[0];
-    const PadMode time = time_pad == "first_frame" ? PadMode::edge : PadMode::zeros, space = space_mode(space_pad);
-    return {like.size(0), like.size(1), cached, {before, cached + frames, 0, time},
-            around(height, kernel[1], dilation[1], space), around(width, kernel[2], dilation[2], space)};
-  }
-
-  static Padding padding_of(const Tensor& x, const Cache& cache, const Sizes& kernel, const Sizes& dilation,
-                            const std::string& time_pad, const std::string& space_pad) {
-    return padding_of(x.size(2), x.size(3), x.size(4), x, cache, kernel, dilation, time_pad, space_pad);
-  }
-
   static Tensor empty_padded(const Tensor& x, const Padding& p) {
     return empty_video(x, p.b, p.c, p.t.padded(), p.h.padded(), p.w.padded());
   }

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from vidkern import _library
-from vidkern._dispatch import tell
+from vidkern._dispatch import Kernel, tell, triton_kernel
 from vidkern.ops import _check
-from vidkern.ops.conv3d import assembler, reference
+from vidkern.ops.conv3d import assembler, choice, cpu_library, cuda_library, reference
 
 #: (kT, kH, kW) that kernels are written for.
 KERNEL_SIZES = ((3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1), (2, 2, 2))
@@ -17,6 +17,8 @@ STRIDES = (1, 2)
 TIME_PADS = ("zeros", "first_frame")
 SPACE_PADS = ("zeros", "replicate", "reflect")
 NORMS = ("rms", "group")
+
+_TRITON = "vidkern.ops.conv3d.triton_kernels"
 
 
 def causal_conv3d(
@@ -321,15 +323,30 @@ def _check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, group
         allowed = (value.dtype,)
 
 
+def _video_like(x: Tensor, *sizes: int | torch.SymInt) -> Tensor:
+    """Return an uninitialised channels-last video of x's batch and channels, and (F, H, W) where no other is given."""
+    shape = (*x.shape[:2], *(sizes or x.shape[2:]))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+
+
+def _cache_grad_like(x: Tensor, cache: Tensor | None) -> Tensor:
+    return x.new_empty(0) if cache is None else _video_like(cache)
+
+
+def _padded_like(x: Tensor, kernel: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    extents = map(reference.extent, kernel, dilation)
+    return _video_like(x, *(n + more for n, more in zip(x.shape[2:], extents, strict=True)))
+
+
 def _convolution_grads_like(
     x: Tensor, weight: Tensor, cache: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     nothing = x.new_empty(0)
     return (
-        assembler.video_like(x, *x.shape[2:]) if wanted[0] else nothing,
+        _video_like(x) if wanted[0] else nothing,
         weight.new_empty(weight.shape) if wanted[1] else nothing.clone(),
         weight.new_empty(weight.shape[0]) if wanted[2] else nothing.clone(),
-        assembler.cache_grad_like(x, cache) if wanted[3] else nothing.clone(),
+        _cache_grad_like(x, cache) if wanted[3] else nothing.clone(),
     )
 
 
@@ -344,13 +361,69 @@ def _statistics_like(x: Tensor, norm: str, groups: int) -> tuple[Tensor, Tensor]
 def _norm_grads_like(x: Tensor, cache: Tensor | None) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     vectors = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
-    return assembler.video_like(x, *x.shape[2:]), *vectors, assembler.cache_grad_like(x, cache)
+    return _video_like(x), *vectors, _cache_grad_like(x, cache)
+
+
+def _cpu_supports(x: Tensor, weight: Tensor, *args: Any) -> str | None:
+    return _nothing_to_do(x, weight, *args) or cpu_library.supports(x, weight)
+
+
+def _triton_supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, residual: Tensor | None, *_: Any
+) -> str | None:
+    if x.dtype == torch.float64:
+        return "float64 is the reference's"
+    return _unit_stride(x=x, cache=cache, residual=residual)
+
+
+def _triton_supports_backward(dy: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None, *_: Any) -> str | None:
+    if x.dtype == torch.float64:
+        return "float64 is the reference's"
+    return _unit_stride(dy=dy, x=x, cache=cache)
+
+
+def _unit_stride(**videos: Tensor | None) -> str | None:
+    for name, video in videos.items():
+        if video is not None and video.stride(1) != 1 and video.shape[1] > 1:
+            return f"{name} is not in channels_last_3d"
+    return None
+
+
+def _cuda_supports(x: Tensor, weight: Tensor, *args: Any) -> str | None:
+    return _nothing_to_do(x, weight, *args) or cuda_library.supports(x, weight)
+
+
+def _nothing_to_do(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cache: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    *_: Any,
+) -> str | None:
+    empty = 0 in reference.output_shape(x, weight, cache, stride, dilation)
+    return "an empty result is the reference's" if empty else None
+
+
+def _cpu_supports_backward(dy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> str | None:
+    return "an empty gradient is the reference's" if dy.numel() == 0 else cpu_library.supports(x, weight)
+
+
+def _cuda_supports_backward(dy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> str | None:
+    return "an empty gradient is the reference's" if dy.numel() == 0 else cuda_library.supports(x, weight)
 
 
 _causal_conv3d = _library.define(
     "causal_conv3d(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? residual, int[] stride,"
     " int[] dilation, str time_pad, str space_pad) -> Tensor",
-    kernels={},
+    kernels={
+        "cpu": Kernel(cpu_library.causal_conv3d, _cpu_supports),
+        "triton": triton_kernel(_TRITON, "causal_conv3d", _triton_supports),
+        "cuda": Kernel(cuda_library.causal_conv3d, _cuda_supports, cuda_library.unavailable()),
+    },
+    prefer=lambda x, weight, *_: choice.road(x, weight),
     reference=reference.causal_conv3d,
     fake=lambda x, weight, bias, cache, residual, stride, dilation, time_pad, space_pad: reference.empty_output(
         x, weight, cache, stride, dilation
@@ -360,7 +433,12 @@ _causal_conv3d = _library.define(
 _causal_conv3d_backward = _library.define(
     "causal_conv3d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? cache, int[] stride, int[] dilation,"
     " str time_pad, str space_pad, bool[] wanted) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dcache)",
-    kernels={},
+    kernels={
+        "cpu": Kernel(cpu_library.causal_conv3d_backward, _cpu_supports_backward),
+        "triton": triton_kernel(_TRITON, "causal_conv3d_backward", _triton_supports_backward),
+        "cuda": Kernel(cuda_library.causal_conv3d_backward, _cuda_supports_backward, cuda_library.unavailable()),
+    },
+    prefer=lambda dy, x, weight, *_: choice.road(x, weight),
     reference=reference.causal_conv3d_backward,
     fake=lambda dy, x, weight, cache, stride, dilation, time_pad, space_pad, wanted: _convolution_grads_like(
         x, weight, cache, wanted
@@ -373,7 +451,7 @@ _norm_silu_pad = _library.define(
     kernels=assembler.kernels("norm_silu_pad"),
     reference=reference.norm_silu_pad,
     fake=lambda x, weight, bias, cache, norm, groups, eps, kernel, dilation, time_pad, space_pad: (
-        assembler.padded_like(x, cache, kernel, dilation),
+        _padded_like(x, kernel, dilation),
         *_statistics_like(x, norm, groups),
     ),
 )
