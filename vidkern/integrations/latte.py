@@ -34,9 +34,9 @@ def recognises(module: nn.Module) -> bool:
 def apply_vidkern_to_latte(model: nn.Module, *, modulation: bool = True, temporal_attention: bool = True) -> Report:
     """Speed up diffusers' LatteTransformer3DModel in place; results stay the same.
 
-    Tokens stay (B, F, N, D) from the patch embedding to the output: the twelve copies a pair of blocks that turn space
-    into time and back are gone, and cross-attention projects a clip's text once, not once per frame. Dropout draws
-    other numbers than before (the published models have none).
+    Tokens stay (B, F, N, D) from the patch embedding to the output: the copies that turn space into time and back, two
+    for each pair of blocks and two for their gradient, are gone, and cross-attention projects a clip's text once, not
+    once for each frame. Dropout draws other numbers than before (the published models have none).
 
     Args:
         model: a LatteTransformer3DModel of diffusers 0.42, not of a subclass.
@@ -111,6 +111,7 @@ def _model_forward(fused: bool) -> Callable[..., Any]:
         patch = self.config.patch_size
         x = self.pos_embed(hidden_states.transpose(1, 2).flatten(0, 1))
         x = x.contiguous().unflatten(0, (batch, frames))  # (B, F, N, D)
+        x = x.to(torch.promote_types(x.dtype, self.scale_shift_table.dtype))  # as the first gate does under autocast
         added = {"resolution": None, "aspect_ratio": None}
         vectors, embedded = self.adaln_single(
             timestep, added_cond_kwargs=added, batch_size=batch, hidden_dtype=x.dtype
