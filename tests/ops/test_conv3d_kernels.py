@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import vidkern
 from tests.ops.backends import kernels_of
 from tests.ops.common import KERNEL_DTYPES, assert_contract, leaves, poisoned_empty, value_and_grads
-from tests.ops.test_conv3d import plain_conv, video
-from vidkern.ops.conv3d import reference
+from tests.ops.test_conv3d import plain_conv, stream, video
+from vidkern import _dispatch, ops
+from vidkern.ops.conv3d import reference, triton_kernels
 
 every_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
@@ -96,11 +98,10 @@ def run(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return y and the gradient of every input but the residual, with every unwritten element poisoned."""
     x, weight, cache = inputs["x"], inputs["weight"], inputs.get("cache")
-    options = tuple(case.options.values())
+    options, wanted = tuple(case.options.values()), [True, True, case.bias, cache is not None]
     with poisoned_empty():
         y = kernels.forward(x, weight, inputs.get("bias"), cache, inputs.get("residual"), *options)
         dy = torch.randn_like(y) if dy is None else dy
-        wanted = [True, True, case.bias, cache is not None]
         grads = kernels.backward(dy, x, weight, cache, *options, wanted)
     names = ("x", "weight", "bias", "cache")
     return y, {name: grad for name, grad, want in zip(names, grads, wanted, strict=True) if want}
@@ -138,3 +139,109 @@ def test_contract(kernels, name, dtype):
     for tensor in (y, grads["x"], *([grads["cache"]] if case.cached else [])):
         assert tensor.is_contiguous(memory_format=torch.channels_last_3d)
     assert grads["weight"].is_contiguous()
+
+
+STREAMS = [  # (kernel, time stride, time_pad, splits)
+    ((3, 3, 3), 1, "first_frame", [(1, 2)]),
+    ((3, 1, 1), 1, "zeros", [(1,) * 5, (2, 0, 3), (4, 1)]),
+    ((3, 1, 1), 2, "first_frame", [(1,) * 5, (3, 2)]),
+    ((2, 2, 2), 2, "zeros", [(1, 2, 1)]),
+    ((1, 3, 3), 1, "zeros", [(1, 2)]),
+]
+
+
+@every_dtype
+@pytest.mark.parametrize(("kernel", "time_stride", "time_pad", "splits"), STREAMS, ids=str)
+def test_a_stream_gives_the_whole_clips_bits(kernels, kernel, time_stride, splits, time_pad, dtype):
+    torch.manual_seed(0)
+    x = video(1, 17, sum(splits[0]), 3, 4).to(kernels.device, dtype)
+    weight = torch.randn(6, 17, *kernel).to(kernels.device, dtype)
+    bias = torch.randn(6).to(kernels.device, dtype)
+    options = {"stride": (time_stride, 1, 1), "time_pad": time_pad, "space_pad": "replicate"}
+    with vidkern.backend("triton"):
+        whole = ops.causal_conv3d(x, weight, bias, **options)
+        for split in splits:
+            assert torch.equal(stream(x, split, weight, bias, **options)[0], whole), split
+
+
+def test_partial_sums_of_many_runs(kernels, full_precision, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "SHORTEST_RUN", 2)
+    case = Case((1, 1, 1), (3, 5), (1, 10, 5, 4), bias=True)
+    inputs = random_inputs(case, torch.float32, kernels.device)
+    dy = video(1, 5, 10, 5, 4).to(kernels.device, torch.float32)
+    _, grads = run(kernels, case, inputs, dy)
+    _, plain = plain_result(case, inputs, dy)
+    _, exact = plain_result(case, {name: tensor.double() for name, tensor in inputs.items()}, dy.double())
+    for key in ("weight", "bias"):
+        assert_contract(key, grads[key], plain[key], exact[key])
+
+
+def test_a_weight_in_any_layout_gives_the_same_bits(kernels):
+    case = Case((2, 2, 2), (8, 8), (1, 2, 3, 4))
+    inputs = random_inputs(case, torch.float32, kernels.device)
+    weight, dy = inputs["weight"], video(1, 8, 2, 3, 4).to(kernels.device, torch.float32)
+    y, grads = run(kernels, case, inputs, dy)
+    taps_first = weight.permute(2, 3, 4, 0, 1).contiguous().permute(3, 4, 0, 1, 2)  # (kT, kH, kW, Cout, Cin) in memory
+    for other in (weight.contiguous(memory_format=torch.channels_last_3d), taps_first):
+        y_other, grads_other = run(kernels, case, {**inputs, "weight": other}, dy)
+        assert torch.equal(y_other, y)
+        assert all(torch.equal(grads_other[name], grad) for name, grad in grads.items())
+
+
+def test_a_weight_that_is_converted_at_each_call_is_told(kernels, caplog, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_log_dispatch", True)
+    monkeypatch.setattr(_dispatch, "_told", set())
+    inputs = random_inputs(Case((2, 2, 2), (3, 2), (1, 1, 2, 2)), torch.float32, kernels.device)
+    last = {**inputs, "weight": inputs["weight"].contiguous(memory_format=torch.channels_last_3d)}
+    with caplog.at_level("INFO", logger="vidkern"):
+        run(kernels, Case((2, 2, 2), (3, 2), (1, 1, 2, 2)), last)
+        assert "weight" not in caplog.text
+        run(kernels, Case((2, 2, 2), (3, 2), (1, 1, 2, 2)), inputs)
+    assert caplog.text.count("weight is not in channels_last_3d and is converted at each call") == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_inf_reach_what_the_definition_reaches(kernels, value):
+    case = Case((2, 2, 2), (3, 4), (1, 3, 4, 4), space_pad="reflect")
+    inputs = random_inputs(case, torch.float32, kernels.device)
+    inputs["x"][0, 1, 1, 2, 3] = value
+    y, _ = run(kernels, case, inputs)
+    wanted = reference.causal_conv3d(inputs["x"], inputs["weight"], None, None, None, *case.options.values())
+    assert torch.equal(y.isfinite(), wanted.isfinite())
+    assert not y.isfinite().all()
+
+
+def spread(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return x's values with other strides, in memory that is not touched in between."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    out = torch.empty(span, dtype=x.dtype, device=x.device).as_strided(x.shape, strides)
+    return out.copy_(x)
+
+
+@pytest.mark.parametrize("far", ["batches", "frames", "rows", "columns"])
+def test_offsets_of_more_than_32_bits(kernels, far):
+    case = Case((2, 2, 2), (8, 3), (2, 2, 2, 2), cached=1)
+    inputs = random_inputs(case, torch.bfloat16, kernels.device)
+    dy = video(2, 3, 2, 2, 2).to(kernels.device, torch.bfloat16)
+    axis = {"batches": 0, "frames": 2, "rows": 3, "columns": 4}[far]
+    x = inputs["x"]
+    strides = [stride if i != axis else 2**31 for i, stride in enumerate(x.stride())]
+    y, grads = run(kernels, case, inputs, dy)
+    y_far, grads_far = run(kernels, case, {**inputs, "x": spread(x, tuple(strides))}, dy)
+    assert torch.equal(y_far, y)
+    assert all(torch.equal(grads_far[name], grad) for name, grad in grads.items())
+
+
+def test_the_operator_and_its_gradients_by_this_backend(full_precision, kernels):
+    case = CASES["3x1x1 dilated cache"]
+    inputs = random_inputs(case, torch.float32, kernels.device)
+    upstream = [video(2, 8, 2, 3, 5).to(kernels.device, torch.float32)]
+
+    def ours(*tensors: Tensor) -> Tensor:
+        return ops.causal_conv3d(**dict(zip(inputs, tensors, strict=True)), **case.options)
+
+    with vidkern.backend("triton"):
+        y, grads = value_and_grads(ours, leaves(list(inputs.values()), torch.float32), upstream)
+    direct, direct_grads = run(kernels, case, inputs, upstream[0])
+    assert torch.equal(y[0], direct)
+    assert all(torch.equal(grad, direct_grads[name]) for name, grad in zip(inputs, grads, strict=True))
