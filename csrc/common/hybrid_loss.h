@@ -56,54 +56,99 @@ template <typename V>
 struct TermOf {  // of the bound, in nats, and its derivative by the log of p's standard deviation
   V value, slope;
 };
-using Term = TermOf<float>;
 
-// e^x - 1 within 1 ulp of the larger of it and 1, infinite above 88.37; NaN stays. x = n ln 2 + r, |r| <= ln 2 / 2; the
-// polynomial is Cephes' expf. V: float, or a vector of them with as many Bits.
+// The arithmetic of an element is written once for V = float and for vectors of floats, with as many Bits.
+
+// e^x = power * (rest + 1). x = n ln 2 + r, |r| <= ln 2 / 2, -87 <= x <= 88.37; the polynomial is Cephes' expf.
 template <typename V, typename Bits>
-VIDKERN_PHILOX V growth(V x) {
-  constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the lowest bits
-  const V shifted = x * kLog2e + kShift, n = shifted - kShift;
-  const V r = (x - n * kLn2High) - n * kLn2Low;
-  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r;
-  const V power = philox::bits_as<V>((philox::bits_as<Bits>(shifted) << 23) + 0x3f800000u);
-  const V result = power * p + (power - 1.0f);
-  return x < -87.0f ? V{} - 1.0f : x > 88.37f ? V{} + INFINITY : result;
+struct Exponential {
+  V power, rest;
+
+  VIDKERN_PHILOX explicit Exponential(V x) {
+    constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the lowest bits
+    const V shifted = x * kLog2e + kShift, n = shifted - kShift;
+    const V r = (x - n * kLn2High) - n * kLn2Low;
+    rest = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    rest = rest * r + 8.3334519073e-3f;
+    rest = rest * r + 4.1665795894e-2f;
+    rest = rest * r + 1.6666665459e-1f;
+    rest = rest * r + 5.0000001201e-1f;
+    rest = rest * (r * r) + r;
+    power = philox::bits_as<V>((philox::bits_as<Bits>(shifted) << 23) + 0x3f800000u);
+  }
+};
+
+// e^x, 0 below -87 and infinite above 88.37; NaN stays.
+template <typename V, typename Bits>
+VIDKERN_PHILOX V exponential(V x) {
+  const Exponential<V, Bits> e(x);
+  return x < -87.0f ? V{} : x > 88.37f ? V{} + INFINITY : e.power * e.rest + e.power;
 }
 
+// e^x - 1 within 1 ulp of the larger of it and 1, infinite above 88.37; NaN stays.
 template <typename V, typename Bits>
-VIDKERN_PHILOX TermOf<V> divergence(const Bound& bound, V residual, V v) {
+VIDKERN_PHILOX V growth(V x) {
+  const Exponential<V, Bits> e(x);
+  return x < -87.0f ? V{} - 1.0f : x > 88.37f ? V{} + INFINITY : e.power * e.rest + (e.power - 1.0f);
+}
+
+// ln x of normal numbers from 2^-63 on; the polynomial is Cephes' logf. NaN stays.
+template <typename V, typename Bits>
+VIDKERN_PHILOX V logarithm(V x) {
+  constexpr uint32_t kSqrtHalf = 0x3f3504f3u, kLift = 64u << 23, kFraction = 0x7fffffu;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  const Bits bits = philox::bits_as<Bits>(x) + (kLift - kSqrtHalf);
+  const V exponent = philox::bits_as<V>((bits >> 23) + 0x4b000000u) - (8388608.0f + 64.0f);
+  const V m = philox::bits_as<V>((bits & kFraction) + kSqrtHalf) - 1.0f, square = m * m;  // sqrt 1/2 .. sqrt 2, less 1
+  V p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const V result = (m + (p * m * square + exponent * kLn2Low - 0.5f * square)) + exponent * kLn2High;
+  return x == x ? result : x;
+}
+
+template <typename V>
+struct Term {  // of the bound, in nats, and its derivative by the log of p's standard deviation
+  V value, slope;
+};
+
+template <typename V, typename Bits>
+VIDKERN_PHILOX Term<V> divergence(const Bound& bound, V residual, V v) {
   const V surplus = bound.gain * (residual * residual), excess = (v + 1.0f) * bound.half_range;
   const V grown = growth<V, Bits>(-excess), slope = -grown - surplus * (grown + 1.0f);
   return {0.5f * (excess - slope), slope};
 }
 
-// The normal distribution function as ADM and DiT train with it (Page 1977).
-VIDKERN_HOST_DEVICE inline Term normal_cdf(float x) {
+// The normal distribution function as ADM and DiT train with it (Page 1977), and its derivative.
+template <typename V, typename Bits>
+VIDKERN_PHILOX Term<V> normal_cdf(V x) {
   constexpr float kScale = 1.59576912f, kCubic = 0.044715f;  // 2 sqrt(2 / pi)
-  const float value = 1.0f / (1.0f + expf(-kScale * x * (1.0f + kCubic * x * x)));
-  return {value, value * (1.0f - value) * (kScale * (1.0f + 3.0f * kCubic * x * x))};
+  const V square = x * x, u = kScale * x * (1.0f + kCubic * square);
+  const V e = exponential<V, Bits>(u < 0.0f ? u : -u), share = 1.0f / (1.0f + e);
+  return {u < 0.0f ? e * share : share, e * share * share * (kScale * (1.0f + 3.0f * kCubic * square))};
 }
 
 // Of 8-bit values in [-1, 1]; the first and the last bin extend to infinity.
-VIDKERN_HOST_DEVICE inline Term decoder(const Bound& bound, float x0, float residual, float v) {
-  constexpr float kHalfBin = 1.0f / 255.0f, kLastBin = 0.999f, kLeastProbability = 1e-12f;
-  const float distance = bound.distance * residual, far = fabsf(distance);
-  const float inverse = expf(-0.5f * (bound.low + (v + 1.0f) * bound.half_range));
-  const bool first = x0 < -kLastBin, last = x0 > kLastBin;
+template <typename V, typename Bits>
+VIDKERN_PHILOX Term<V> decoder(const Bound& bound, V x0, V residual, V v) {
+  constexpr float kHalfBin = 1.0f / 255.0f, kLastBin = 0.999f, kLeastProbability = 1e-12f, kMost = 27.6310211f;
+  const V distance = bound.distance * residual, far = distance < 0.0f ? -distance : distance;
+  const V inverse = exponential<V, Bits>(-0.5f * (bound.low + (v + 1.0f) * bound.half_range));
   // the bin's ends on the side where the distribution function is small, so that their difference is resolved
-  const float upper = inverse * (kHalfBin + (first ? distance : last ? -distance : -far));
-  const float lower = inverse * (-kHalfBin - far);
-  const Term above = normal_cdf(upper), below = first || last ? Term{0.0f, 0.0f} : normal_cdf(lower);
-  const float probability = above.value - below.value;
-  if (probability < kLeastProbability) return {-logf(kLeastProbability), 0.0f};
-  return {-logf(probability), (upper * above.slope - lower * below.slope) / probability};
+  const V end = x0 < -kLastBin ? distance : x0 > kLastBin ? -distance : -far;
+  const V upper = inverse * (kHalfBin + end), lower = inverse * (-kHalfBin - far);
+  const Term<V> above = normal_cdf<V, Bits>(upper), below = normal_cdf<V, Bits>(lower);
+  const auto open = x0 < -kLastBin || x0 > kLastBin;
+  const V probability = above.value - (open ? V{} : below.value);
+  const V slope = (upper * above.slope - (open ? V{} : lower * below.slope)) / probability;
+  return {probability < kLeastProbability ? V{} + kMost : -logarithm<V, Bits>(probability),
+          probability < kLeastProbability ? V{} : slope};
 }
 
 inline Table table_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0)}; }

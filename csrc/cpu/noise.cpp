@@ -76,28 +76,21 @@ VIDKERN_CLONES void add_target_grad(Target target, float sigma, const float* dta
   }
 }
 
-VIDKERN_CLONES void divergence_row(const Bound& bound, const float* r, const float* v, float* value, float* slope,
-                                   int64_t count) {
-  const auto at = [&](int64_t i, const float* v) VIDKERN_INLINE_LAMBDA {
-    const auto term = divergence<Vec, VecBits>(bound, load(r + i), load(v));
-    store(value + i, term.value);
-    store(slope + i, term.slope);
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) at(i, v + i);
-  if (i < count) {  // all but v are rows, of whole vectors
-    float last[kLanes] = {};
-    std::copy(v + i, v + count, last);
-    at(i, last);
-  }
-}
-
-void decoder_row(const Bound& bound, const float* x, const float* r, const float* v, float* value, float* slope,
-                 int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const Term term = decoder(bound, x[i], r[i], v[i]);
-    value[i] = term.value;
-    slope[i] = term.slope;
+// Writes the bound's terms and slopes; x may be null where the frame does not decode. Rows hold whole vectors.
+VIDKERN_CLONES void bound_row(const Bound& bound, const float* x, const Row& r, const float* v, Row& value, Row& slope,
+                              int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const auto at = [&](const float* from) VIDKERN_INLINE_LAMBDA {
+      if (i + kLanes <= count) return load(from + i);
+      float last[kLanes] = {};
+      std::copy(from + i, from + count, last);
+      return load(last);
+    };
+    const Vec residual = load(r.values + i);
+    const Term<Vec> term = bound.decodes ? decoder<Vec, VecBits>(bound, at(x), residual, at(v))
+                                         : divergence<Vec, VecBits>(bound, residual, at(v));
+    store(value.values + i, term.value);
+    store(slope.values + i, term.slope);
   }
 }
 
@@ -287,8 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hybrid_loss(
       squares.part(stretch, f) = sum_of_products(residual.values, residual.values, count);
       write(residual_to, stretch, f, residual.values);
       const float* v = read(v_from, stretch, f, out_row);
-      if (bound.decodes) decoder_row(bound, x, residual.values, v, value.values, bound_slope.values, count);
-      else divergence_row(bound, residual.values, v, value.values, bound_slope.values, count);
+      bound_row(bound, x, residual, v, value, bound_slope, count);
       bounds.part(stretch, f) = sum_of(value.values, count);
       write(slope_to, stretch, f, bound_slope.values);
       if (stretch.first == 0) slopes[stretch.b * stretches.frames.f + f] = bound.bits_per_v();

@@ -213,11 +213,11 @@ struct Hybrid {
 __device__ inline float bound_of(const Bound& bound, int count, const float (&x)[kPack], const float (&r)[kPack],
                                  float (&v)[kPack]) {
   float sum = 0.0f;
-  const auto add = [&](int i, Term term) {
+  const auto add = [&](int i, Term<float> term) {
     v[i] = term.slope;
     if (i < count) sum += term.value;
   };
-  if (bound.decodes) for_each([&](int i) { add(i, decoder(bound, x[i], r[i], v[i])); });
+  if (bound.decodes) for_each([&](int i) { add(i, decoder<float, uint32_t>(bound, x[i], r[i], v[i])); });
   else for_each([&](int i) { add(i, divergence<float, uint32_t>(bound, r[i], v[i])); });
   return sum;
 }
