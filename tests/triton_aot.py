@@ -105,8 +105,10 @@ class Launches:
             "local_bytes": stack + local,
             "shared_bytes": shared,
             "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
+            "half_wide_loads": len(re.findall(r"ld\.global\S*\.v2\.b32", ptx)),
             "wide_copies": copies.count("0x10"),
             "narrow_copies": len(copies) - copies.count("0x10"),
+            "fused": len(re.findall(r"\bfma\.", ptx)),  # multiply-adds
             "products": sorted(set(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)\S*", ptx))),
             "resident_warps": resident_warps(self.target.arch, registers, shared, warps),
         }

@@ -21,7 +21,7 @@ from vidkern import _library, ops
 from vidkern.diffusion import make_schedule
 from vidkern.ops.noise import reference
 
-BACKENDS = ("cpu", "cuda")
+BACKENDS = ("cpu", "triton", "cuda")
 OPERATORS = ("hybrid_loss", "hybrid_loss_backward")
 PREDICTIONS = ("epsilon", "v", "flow", "x0")
 SHARING = ("independent", "shared", "mixed", "progressive")

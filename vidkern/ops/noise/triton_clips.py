@@ -15,7 +15,8 @@ from torch import Tensor
 
 TILE = 1024  # elements
 WARPS = 4
-PACK = 4  # elements of a load: one Philox call's, 8 bytes in 16 bits and 16 bytes in 32
+PACK = 8  # elements of a load: 16 bytes in 16 bits
+NOISE_PACK = 4  # of one beside noise: as many as a Philox call draws, so that no element changes threads
 ENOUGH_PROGRAMS = 1000  # two to three rounds of those that an A100 holds
 
 
@@ -118,7 +119,7 @@ def place_of(clip: Tensor | None) -> Place:
     return Place(b, f, c, h, w)
 
 
-def unit_of(elements: int, *places: Place, pack: int = PACK) -> int:
+def unit_of(elements: int, *places: Place, pack: int = NOISE_PACK) -> int:
     """Return how many neighbours may be loaded at once where the clips are dense."""
     strides = [stride for place in places if place.c is None for stride in (place.b, place.f)]
     return pack if all(size % pack == 0 for size in (elements, *strides)) else 1

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vidkern.ops.noise.triton_bound import decoder, distance_per_residual, divergence
 from vidkern.ops.noise.triton_clips import (
+    PACK,
     TILE,
     launch,
     load_level,
@@ -31,7 +32,6 @@ from vidkern.ops.noise.triton_generator import base_noise, fold_key, frame_noise
 
 BITS = tl.constexpr(1 / math.log(2))  # a nat
 SLOPE_IN_BITS = tl.constexpr(0.5 / math.log(2))
-STREAM_PACK = 8  # elements of a load where no noise is drawn
 SUM_TILE = 256  # runs
 
 TABLES = ["mean_coef", "low", "high"]
@@ -604,7 +604,7 @@ def diffusion_mse_backward(dmse: Tensor, residual: Tensor) -> Tensor:
         residual,
         *(dmse, residual, dpred, 2.0 / max(work.elements, 1), *dmse.stride(), *place, *work, *residual.shape[3:]),
         TILE=TILE,
-        UNIT=unit_of(work.elements, place, pack=STREAM_PACK),
+        UNIT=unit_of(work.elements, place, pack=PACK),
     )
     return dpred
 
@@ -662,6 +662,6 @@ def hybrid_loss_backward(dmse: Tensor, dvb: Tensor, factors: Tensor, slope: Tens
         *(dmse, dvb, residual, bound_slope, slope, dout, 2.0 / elements, float(elements)),
         *(*dmse.stride(), *dvb.stride(), *place, *slope.stride(), *work, *factors.shape[3:]),
         TILE=TILE,
-        UNIT=unit_of(work.elements, place, pack=STREAM_PACK),
+        UNIT=unit_of(work.elements, place, pack=PACK),
     )
     return dout

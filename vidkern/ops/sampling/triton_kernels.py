@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vidkern.ops.noise.triton_clips import (
+    NOISE_PACK,
+    PACK,
     TILE,
     launch,
     load_level,
@@ -251,7 +253,7 @@ def _launch(
         VARIANCE=variance,
         SHARING=sharing,
         TILE=TILE,
-        UNIT=unit_of(work.elements, *places),
+        UNIT=unit_of(work.elements, *places, pack=PACK if key is None else NOISE_PACK),
     )
     return x_prev
 
