@@ -26,7 +26,7 @@ SUMS = "_sum_runs"
 def launch_noise(shape: tuple[int, ...], dtype: torch.dtype, sharing: str) -> None:
     key, x, levels = torch.tensor([3, 5]), torch.empty(shape, dtype=dtype), torch.empty(2, *shape[:2])
     t, table = torch.zeros(shape[:2], dtype=torch.int64), torch.empty(1000)
-    mode = sharing, levels[1] if sharing == "mixed" else None, 7
+    mode = sharing, levels[1] if sharing == "mixed" else None, 2**32 - shape[0] if shape[0] > 1 else 7
     noise.philox_normal(shape, key, *mode, dtype)
     noise.add_noise(x, *levels, key, "v", *mode)
     noise.add_noise_backward(x, x, x, *levels, key, "v", *mode)

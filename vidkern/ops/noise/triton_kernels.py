@@ -273,7 +273,7 @@ def _mse(
     for i in range(taken):
         f = first + i
         out = load_part(pred, pred_place, b, f, start, count, TILE, UNIT).to(tl.float32)
-        x = noise
+        x = out
         if PREDICTION != "epsilon":
             x = load_part(x0, x0_place, b, f, start, count, TILE, UNIT).to(tl.float32)
         a = load_level(alpha, b, f, alpha_b, alpha_f)
@@ -381,7 +381,9 @@ def _hybrid_loss(
         f = first + i
         out = load_part(pred, pred_place, b, f, start, count, TILE, UNIT).to(tl.float32)
         v = load_part(fraction, pred_place, b, f, start, count, TILE, UNIT).to(tl.float32)
-        x = load_part(x0, x0_place, b, f, start, count, TILE, UNIT).to(tl.float32)
+        x = out
+        if PREDICTION != "epsilon":
+            x = load_part(x0, x0_place, b, f, start, count, TILE, UNIT).to(tl.float32)
         a = load_level(alpha, b, f, alpha_b, alpha_f)
         s = load_level(sigma, b, f, sigma_b, sigma_f)
         share = load_level(weight, b, f, weight_b, weight_f)
@@ -394,6 +396,8 @@ def _hybrid_loss(
         distance = tl.load(mean_coef + step * mean_coef_stride) * distance_per_residual(a, s, PREDICTION) * r
         excess = (v + 1.0) * half_range
         if step == 0:
+            if PREDICTION == "epsilon":
+                x = load_part(x0, x0_place, b, f, start, count, TILE, UNIT).to(tl.float32)
             bound, bound_slope = decoder(x, distance, (log_low + excess) * 0.5)
         else:
             bound, bound_slope = divergence(distance, log_low, excess)
