@@ -210,16 +210,10 @@ def test_weights_out_of_range_and_nan_stay_where_they_are(kernels):
     torch.testing.assert_close(ours, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-# ---- C++ alone: many shapes, threads, statistics
+# ---- many shapes
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 4),
@@ -230,11 +224,12 @@ def threads() -> Iterator[Callable[[int], None]]:
     sharing=st.sampled_from(SHARING),
     dtype=st.sampled_from(KERNEL_DTYPES),
 )
-def test_bits_for_every_shape_and_batch_split(batch, frames, sizes, split, sample_offset, sharing, dtype):
+def test_bits_for_every_shape_and_batch_split(backend, batch, frames, sizes, split, sample_offset, sharing, dtype):
     shape, split = (batch, frames, *sizes), min(split, batch)
-    x0, levels, key = make_clip(shape, "cpu", dtype), make_levels(shape, "cpu"), make_key("cpu")
-    weight = make_mode(sharing, shape, "cpu")[1]
-    add_noise = kernels_of("noise", "cpu").find("add_noise")
+    kernels = kernels_of("noise", backend)
+    x0, levels = make_clip(shape, kernels.device, dtype), make_levels(shape, kernels.device)
+    key, weight = make_key(kernels.device), make_mode(sharing, shape, kernels.device)[1]
+    add_noise = kernels.find("add_noise")
     parts = [
         add_noise(x0[at], *(v[at] for v in levels), key, "v", sharing, None if weight is None else weight[at], first)
         for at, first in ((slice(split), sample_offset), (slice(split, None), sample_offset + split))
@@ -242,6 +237,16 @@ def test_bits_for_every_shape_and_batch_split(batch, frames, sizes, split, sampl
     wanted = reference.add_noise(x0, *levels, key, "v", sharing, weight, sample_offset)
     for *ours, theirs in zip(*parts, wanted, strict=True):
         assert_same_bits(torch.cat(ours), theirs)
+
+
+# ---- C++ alone: threads, statistics
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @every_sharing
