@@ -8,7 +8,7 @@ from vidkern.nn.attention import (
     TemporalAttention,
 )
 from vidkern.nn.block import DividedSpaceTimeBlock, FinalLayer, Mlp
-from vidkern.nn.conv3d import CausalConv3d
+from vidkern.nn.conv3d import CausalConv3d, UpsampleConv
 from vidkern.nn.embedding import LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from vidkern.nn.linear import xavier_linear, zero_linear
 from vidkern.nn.modulation import Branch, PerFrameModulation, residual_modulate
@@ -30,6 +30,7 @@ __all__ = [
     "SplitHeadAttention",
     "TemporalAttention",
     "TimestepEmbedder",
+    "UpsampleConv",
     "residual_modulate",
     "rotary_tables",
     "sincos_1d",

@@ -1,6 +1,7 @@
-"""Causal 3D convolution as a module: whole clips, or streams of chunks with the cache handed in and out."""
+"""Convolutions of video as modules: causal ones, whole or in a stream of chunks, and the one after an upsampling."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,46 @@ class CausalConv3d(nn.Conv3d):
         dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if self.bias is None else self.bias.to(dtype)
         return x.to(dtype), self.weight.to(dtype), bias, None if residual is None else residual.to(dtype)
+
+
+class UpsampleConv(nn.Conv2d):
+    """Nearest doubling of each frame followed by a 3x3 convolution, over ``vidkern.ops.upsample_conv``.
+
+    Parameters as ``nn.Conv2d``'s. Where no gradient is recorded, the weight is folded once, until it changes. Under
+    autocast arguments and parameters are cast, as ``nn.Conv2d``'s are.
+
+    Args:
+        in_channels: Cin.
+        out_channels: Cout.
+        bias: whether there is one.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
+        self._folded: tuple[tuple[Any, ...], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Double and convolve.
+
+        Args:
+            x: (B, Cin, F, H, W), best in channels_last_3d.
+
+        Returns:
+            (B, Cout, F, 2H, 2W) in channels_last_3d.
+        """
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return ops.upsample_conv(x.to(dtype), self._phases(dtype), bias)
+
+    def _phases(self, dtype: torch.dtype) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return ops.upsample_phases(self.weight.to(dtype))
+        key = (self.weight.data_ptr(), self.weight._version, self.weight.device, dtype)
+        if self._folded is None or self._folded[0] != key:
+            self._folded = key, ops.upsample_phases(self.weight.to(dtype))
+        return self._folded[1]
 
 
 def _triple(value: int | Sequence[int]) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from vidkern.ops.attention import (
     spatial_attention,
     temporal_attention,
 )
-from vidkern.ops.conv3d import causal_conv3d, causal_conv3d_stream, norm_silu_pad
+from vidkern.ops.conv3d import causal_conv3d, causal_conv3d_stream, norm_silu_pad, upsample_conv, upsample_phases
 from vidkern.ops.embedding import timestep_embedding
 from vidkern.ops.modulation import (
     gate_residual,
@@ -41,4 +41,6 @@ __all__ = [
     "spatial_attention",
     "temporal_attention",
     "timestep_embedding",
+    "upsample_conv",
+    "upsample_phases",
 ]
