@@ -16,14 +16,39 @@ using sampling::Variance;
 
 // --- one row of a frame ---
 
-// e^x within 1 ulp, for every float. x = n ln 2 + r, |r| <= ln 2 / 2; the polynomial is Cephes' expf.
+VIDKERN_CLONES void guide(float scale, const float* cond, const float* uncond, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = sampling::guided(scale, cond[i], uncond[i]);
+}
+
+// (the frame's numbers by value: rows of floats cannot change them)
+template <Method method>
+VIDKERN_INLINE void move_row(
+    const sampling::Step& step, FrameStep s, const float* x, const float* m, float* out, int64_t count) {
+  sampling::with_rule<method>(step, [&, clip = step.clip](auto moved) VIDKERN_INLINE_LAMBDA {
+    for (int64_t i = 0; i < count; ++i) out[i] = moved(s, clip, x[i], m[i]);
+  });
+}
+
+VIDKERN_CLONES void move(Method method, const sampling::Step& step, FrameStep s, const float* x, const float* m,
+                         float* out, int64_t count) {
+  switch (method) {
+    case Method::ddim: return move_row<Method::ddim>(step, s, x, m, out, count);
+    case Method::ddpm: return move_row<Method::ddpm>(step, s, x, m, out, count);
+    case Method::flow: return move_row<Method::flow>(step, s, x, m, out, count);
+  }
+}
+
+VIDKERN_CLONES void add_scaled(float std, const float* n, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = out[i] + std * n[i];
+}
+
+constexpr float kExpRange = 104.0f;  // beyond, e^x is 0 or infinite
+
+// e^x within 1 ulp, |x| <= kExpRange. x = n ln 2 + r, |r| <= ln 2 / 2; the polynomial is Cephes' expf.
 VIDKERN_INLINE float exp(float x) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kShift = 12582912.0f;                   // 1.5 * 2^23: adding it rounds to an integer
-  constexpr float kSmallest = -104.0f, kLargest = 89.0f;  // beyond are 0 and Inf
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   constexpr int32_t kBias = 127, kFractionBits = 23;
-  x = x < kSmallest ? kSmallest : x;
-  x = x > kLargest ? kLargest : x;
   const float shifted = x * kLog2e + kShift, n = shifted - kShift;
   const float r = (x - n * kLn2High) - n * kLn2Low;
   float p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -41,33 +66,11 @@ VIDKERN_INLINE float exp(float x) {
   return p * two_to_the(half) * two_to_the(power - half);
 }
 
-VIDKERN_CLONES void guide(float scale, const float* cond, const float* uncond, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = sampling::guided(scale, cond[i], uncond[i]);
-}
-
-template <Method method>
-VIDKERN_INLINE void move_row(
-    const sampling::Step& step, const FrameStep& s, const float* x, const float* m, float* out, int64_t count) {
-  sampling::with_rule<method>(step, [&](auto moved) VIDKERN_INLINE_LAMBDA {
-    for (int64_t i = 0; i < count; ++i) out[i] = moved(s, step.clip, x[i], m[i]);
-  });
-}
-
-VIDKERN_CLONES void move(Method method, const sampling::Step& step, const FrameStep& s, const float* x, const float* m,
-                         float* out, int64_t count) {
-  switch (method) {
-    case Method::ddim: return move_row<Method::ddim>(step, s, x, m, out, count);
-    case Method::ddpm: return move_row<Method::ddpm>(step, s, x, m, out, count);
-    case Method::flow: return move_row<Method::flow>(step, s, x, m, out, count);
-  }
-}
-
-VIDKERN_CLONES void add_scaled(float std, const float* n, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = out[i] + std * n[i];
-}
-
-VIDKERN_CLONES void add_learned(const FrameStep& s, const float* v, const float* n, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = out[i] + exp(sampling::log_std(s, v[i])) * n[i];
+// (two loops, so that GCC vectorises both) `logs` may be v
+VIDKERN_CLONES void add_learned(
+    FrameStep s, const float* v, const float* n, float* logs, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) logs[i] = sampling::clamped(sampling::log_std(s, v[i]), kExpRange);
+  for (int64_t i = 0; i < count; ++i) out[i] = out[i] + exp(logs[i]) * n[i];
 }
 
 // --- the operators ---
@@ -110,7 +113,8 @@ Tensor run(const Tensor& x_t, const Tensor& model_out, const sampling::Step& ste
       }
       move(method, step, s, x, m, row.values, stretch.count);
       if (meets_noise && learned) {
-        add_learned(s, read(model.variance, stretch, f, m_row), n, row.values, stretch.count);
+        const float* v = read(model.variance, stretch, f, m_row);
+        add_learned(s, v, n, m_row.values, row.values, stretch.count);
       } else if (meets_noise) {
         add_scaled(s.std, n, row.values, stretch.count);
       }
