@@ -46,7 +46,8 @@ def parts_of(suites: Sequence[str], results: Path) -> list[Part]:
     """Return the parts in order; the benchmarks come last and take the time that is left."""
     python = sys.executable
     every = set(suites) == set(SUITES)
-    tests = ["tests/ops"] if every else [str(p) for s in suites for p in sorted(ROOT.glob(f"tests/ops/test_{s}*.py"))]
+    of_suites = [str(p) for s in suites for p in sorted(ROOT.glob(f"tests/ops/test_{s}*.py"))]
+    tests = ["tests/ops", "tests/diffusion/test_graphs.py"] if every else of_suites
     timed = [f"benchmarks/test_{suite}.py" for suite in suites]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     build = [] if PREBUILT.exists() else [Part("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 150)]

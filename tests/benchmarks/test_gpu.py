@@ -96,6 +96,8 @@ def test_a_prebuilt_library_is_not_built_again(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PREBUILT", tmp_path / "_C_cuda.so")
     names = [part.name for part in parts_of(SUITES, tmp_path / "run.json")]
     assert names == ["build", "doctor", "tests", "memcheck", "racecheck", "benchmarks"]
+    tests = next(part for part in parts_of(SUITES, tmp_path / "run.json") if part.name == "tests")
+    assert tests.command[-2:] == ["tests/ops", "tests/diffusion/test_graphs.py"]
     gpu.PREBUILT.touch()
     assert [part.name for part in parts_of(SUITES, tmp_path / "run.json")] == names[1:]
 
