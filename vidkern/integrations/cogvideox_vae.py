@@ -16,11 +16,13 @@ from vidkern.integrations.streams import (
     autocast_dtype,
     blend_tiles,
     channels_last,
+    check_upsampling,
     clip_of,
     convolve,
     frames_of,
     gather,
     norm_convolve,
+    upsample_convolve,
 )
 
 _MODULE = "diffusers.models.autoencoders.autoencoder_kl_cogvideox"
@@ -66,7 +68,8 @@ def apply_vidkern_to_cogvideox_vae(
         conv: causal convolutions pad by an index rule, and copy nothing for kT = 1.
         norm: the encoder's group norms, SiLU, padding and cache are written in one pass; the scale and shift of the
             decoder's norms are computed at the latents' size.
-        resample: frames are resampled without rearranging them, and a frame that is doubled is convolved once.
+        resample: frames are resampled without rearranging them; an upsampled frame is never made (the convolution after
+            it is four smaller ones of the frame before it), and a frame that is doubled in time is convolved once.
         assembly: decoded chunks and tiles are written into one clip as they come.
 
     Returns:
@@ -90,6 +93,8 @@ def apply_vidkern_to_cogvideox_vae(
             _check_block(path, module)
             plan.replace(module, "forward", _block, f"{name}: norm, SiLU, padding in one pass")
         elif name in _RESAMPLING and resample:
+            if name == "CogVideoXUpsample3D":
+                check_upsampling(module.conv, f"{path}.conv")
             plan.replace(module, "forward", _RESAMPLING[name], f"{name}: no rearranging")
     if assembly:
         for method, function in (("_decode", _decode), ("tiled_decode", _tiled_decode)):
@@ -186,14 +191,13 @@ def _activated_convolution(
     if zq is None:
         options = {"norm": "group", "groups": norm.num_groups, "weight": norm.weight, "bias": norm.bias}
         return norm_convolve(x, {**options, "eps": norm.eps}, conv.conv, cache, residual, _TIME_PAD, dropout)
-    activated = F.silu(norm(x, zq)[0])
+    activated = F.silu(norm(x, zq)[0], inplace=not torch.is_grad_enabled())
     activated = activated if dropout is None else dropout(activated)
     return convolve(activated, conv.conv, cache, residual, _TIME_PAD)
 
 
 def _upsample(self: Any, inputs: Tensor) -> Tensor:
-    images = F.interpolate(frames_of(inputs), scale_factor=2.0)
-    x = clip_of(self.conv(images), inputs.shape[0])
+    x = upsample_convolve(inputs, self.conv)
     if not self.compress_time or x.shape[2] == 1:
         return x
     single = x.shape[2] % 2  # the first of an odd number of frames stays one

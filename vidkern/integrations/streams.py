@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkern import ops
+from vidkern.integrations import patching
+from vidkern.ops.conv3d import choice, cuda_library
 
 CHANNELS_LAST = torch.channels_last_3d
+_FOLDED = f"{patching.STATE_PREFIX}folded"
 #: Decodes or encodes the tile that begins at (top, left): a new tensor (B, C, F, h, w).
 Tile = Callable[[int, int], Tensor]
 
@@ -34,7 +37,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
-def autocast_parameters(x: Tensor, conv: nn.Conv3d) -> tuple[Tensor, Tensor, Tensor | None]:
+def autocast_parameters(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (x, weight, bias) for a convolution, in autocast's dtype where autocast is on."""
     dtype = autocast_dtype(x)
     if dtype is None:
@@ -63,7 +66,9 @@ def norm_convolve(
     time_pad: str = "zeros",
     dropout: nn.Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Norm, SiLU and convolve the next chunk: the activation is written once, padded; return (y, the next cache).
+    """Norm, SiLU and convolve the next chunk; return (y, the next cache).
+
+    The activation is written once: padded for cuDNN, or as it is for a kernel to which padding is an index rule.
 
     Args:
         x: (B, C, F, H, W).
@@ -72,11 +77,12 @@ def norm_convolve(
         cache: the activated frames before x.
         residual: of y's shape, added to it.
         time_pad: what is before the first chunk.
-        dropout: between SiLU and the convolution; what it drops needs a pass of its own in training.
+        dropout: between SiLU and the convolution.
     """
-    if dropout is not None and dropout.training and dropout.p > 0:
-        activated = dropout(ops.norm_silu_pad(x, kernel=1, **norm))
-        return convolve(activated, conv, cache, residual, time_pad)
+    drops = dropout is not None and dropout.training and dropout.p > 0
+    if drops or not _by_cudnn(x, conv):
+        activated = ops.norm_silu_pad(x, kernel=1, **norm)
+        return convolve(activated if dropout is None else dropout(activated), conv, cache, residual, time_pad)
     kernel = _triple(conv.kernel_size)
     padded = ops.norm_silu_pad(x, cache=cache, kernel=kernel, time_pad=time_pad, **norm)
     top, left = (kernel[1] - 1) // 2, (kernel[2] - 1) // 2
@@ -85,6 +91,43 @@ def norm_convolve(
     if residual is not None:
         y = y.add_(residual) if residual.dtype == y.dtype else y + residual
     return y, inside.clone(memory_format=CHANNELS_LAST)
+
+
+def _by_cudnn(x: Tensor, conv: nn.Conv3d) -> bool:
+    """Return whether a chunk's convolution is cuDNN's; a compiled graph leaves that to the operator."""
+    if torch.compiler.is_compiling() or choice.road(x, conv.weight) != "cuda":
+        return False
+    return cuda_library.supports(x, conv.weight) is None
+
+
+def check_upsampling(conv: Any, where: str) -> None:
+    """Require a convolution that :func:`upsample_convolve` can stand for.
+
+    Raises:
+        ValueError: it is another, or somebody else has changed it.
+    """
+    patching.check_class(conv, "torch.nn.modules.conv.Conv2d", where)
+    patching.check_unhooked(conv, where)
+    if (conv.kernel_size, conv.stride, conv.padding) != ((3, 3), (1, 1), (1, 1)):
+        raise ValueError(f"{where} must be a 3x3 convolution of stride 1 that pads by 1, got {conv}")
+
+
+def upsample_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Double x (B, C, F, H, W) in height and width and convolve each frame with a 3x3 convolution's parameters."""
+    x, weight, bias = autocast_parameters(x, conv)
+    return ops.upsample_conv(x, _folded(conv, weight), bias)
+
+
+def _folded(conv: nn.Conv2d, weight: Tensor) -> Tensor:
+    """Return the weight folded into its four phases: once, until it changes, where no gradient is recorded."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return ops.upsample_phases(weight)
+    version = 0 if conv.weight.is_inference() else conv.weight._version
+    key = conv.weight.data_ptr(), version, weight.dtype, weight.device
+    held = conv.__dict__.get(_FOLDED)
+    if held is None or held[0] != key:
+        held = conv.__dict__[_FOLDED] = key, ops.upsample_phases(weight)
+    return held[1]
 
 
 def gather(chunks: Iterable[Tensor], frames: int) -> Tensor:

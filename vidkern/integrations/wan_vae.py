@@ -18,11 +18,13 @@ from vidkern.integrations.streams import (
     autocast_parameters,
     blend_tiles,
     channels_last,
+    check_upsampling,
     clip_of,
     convolve,
     frames_of,
     gather,
     norm_convolve,
+    upsample_convolve,
 )
 
 _MODULE = "diffusers.models.autoencoders.autoencoder_kl_wan"
@@ -76,7 +78,8 @@ def apply_vidkern_to_wan_vae(
         model: the autoencoder.
         conv: causal convolutions pad by an index rule, and copy nothing for kT = 1.
         norm: RMS norm, SiLU, padding and cache are written in one pass, in channels_last_3d throughout.
-        resample: frames are doubled and frames upsampled without rearranging them.
+        resample: frames are doubled and upsampled without rearranging them, and an upsampled frame is never made: the
+            convolution after it is four smaller ones of the frame before it.
         shortcut: Wan 2.2's shortcuts around a block's resampling are added in place, without copies of their input.
         attention: the middle block's attention reads its tokens where they lie.
         assembly: decoded chunks and tiles are written into one clip as they come.
@@ -102,6 +105,8 @@ def apply_vidkern_to_wan_vae(
             plan.replace(module, "forward", _ENDS[name], f"{name}: channels_last_3d, and the same for its head")
         elif name == "WanResample" and resample and module.mode != "none":
             _check_absorbed(path, module, *(["time_conv"] if hasattr(module, "time_conv") else []))
+            if module.mode.startswith("upsample"):
+                check_upsampling(module.resample[1], f"{path}.resample.1")
             plan.replace(module, "forward", _resample, "WanResample: no rearranging")
         elif name in _SHORTCUTS and shortcut:
             if module.avg_shortcut is not None:
@@ -208,15 +213,12 @@ def _head(self: Any, x: Tensor, feat_cache: Caches, feat_idx: list[int]) -> Tens
 
 
 def _resample(self: Any, x: Tensor, feat_cache: Caches = None, feat_idx: list[int] = [0]) -> Tensor:  # noqa: B006
-    batch = x.shape[0]
     if self.mode == "upsample3d" and feat_cache is not None:
         x = _double_frames(self, x, feat_cache, feat_idx)
-    images = frames_of(x)
     if self.mode in ("upsample2d", "upsample3d"):
-        images = self.resample[1](F.interpolate(images, scale_factor=2.0, mode="nearest"))
+        x = upsample_convolve(x, self.resample[1])
     else:
-        images = self.resample(images)
-    x = clip_of(images, batch)
+        x = clip_of(self.resample(frames_of(x)), x.shape[0])
     if self.mode == "downsample3d" and feat_cache is not None:
         x = _halve_frames(self, x, feat_cache, feat_idx)
     return x
