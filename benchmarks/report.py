@@ -56,7 +56,7 @@ def _row(result: dict[str, Any], ceilings: dict[str, Any]) -> list[str]:
         _time(found["seconds"]),
         _number("{:.1f}", found.get("gigabytes_per_second")),
         _number("{:.0f}", found.get("percent_of_copy")),
-        _number("{:.1f} MiB", result["variants"][ours].get("peak_bytes"), 2**-20),
+        _memory(result["variants"][ours], result["variants"]["eager"]),
         _number("{:.2f} mJ", result["variants"][ours].get("joules"), 1e3),
     ]
     times = {name: _times(name, result, found) for name in result["variants"] if name != ours}
@@ -66,6 +66,14 @@ def _row(result: dict[str, Any], ceilings: dict[str, Any]) -> list[str]:
 
 def _number(form: str, value: float | None, unit: float = 1) -> str:
     return "" if value is None else form.format(value * unit)
+
+
+def _memory(ours: dict[str, Any], eager: dict[str, Any]) -> str:
+    """Return our peak, and how many times as much eager PyTorch holds."""
+    peak = _number("{:.1f} MiB", ours.get("peak_bytes"), 2**-20)
+    if not ours.get("peak_bytes") or "peak_bytes" not in eager:
+        return peak
+    return f"{peak} (eager {eager['peak_bytes'] / ours['peak_bytes']:.2f}x)"
 
 
 def _times(variant: str, result: dict[str, Any], found: dict[str, float]) -> str:

@@ -9,6 +9,7 @@ import torch
 import vidkern
 from benchmarks import harness
 from benchmarks.harness import Variant, check, evaluate, make_buffers, make_set, measure, serving_backends
+from benchmarks.memory import peak_bytes
 from benchmarks.timers import Timed, host_clock, interleaved
 from tests.benchmarks.problems import CPU, plain, problem_of
 from vidkern import ops
@@ -50,6 +51,25 @@ def test_a_wrong_result_gets_no_speed(wrong):
     assert "seconds" not in ours
     assert result["ours"] not in samples
     assert result["variants"]["eager"]["seconds"] > 0
+
+
+@pytest.mark.parametrize(("off_by", "correct"), [(0.9e-4, True), (1.1e-4, False)])
+def test_a_whole_model_is_held_to_plain_pytorch_by_its_tolerance(off_by, correct):
+    problem = dataclasses.replace(problem_of(lambda x, y, gate: plain(x, y, gate) * (1 + off_by)), tolerance=1e-4)
+    checked = check(problem, {"ours": Variant(problem.ours)}, make_set(problem, CPU))
+    assert checked["ours"]["correct"] is correct
+
+
+def test_the_peak_of_memory_is_measured_on_a_cpu():
+    x = torch.randn(2**16, device=CPU)
+
+    def two_at_once():
+        first = x + 1
+        second = first * 2
+        del first
+        return second - 1
+
+    assert 2 * x.nbytes <= peak_bytes(two_at_once, CPU) < 2 * x.nbytes + 100  # and numbers as tensors
 
 
 def test_a_baseline_may_be_a_little_less_exact_than_ours():

@@ -64,6 +64,15 @@ def test_memory_and_energy_are_shown_where_they_were_measured():
     assert "memory" not in result_table(Run(None, environment_of(), CEILINGS, [result_of()]))[0]
 
 
+def test_eager_memory_is_shown_as_a_ratio_to_ours():
+    variants = result_of()["variants"]
+    variants["ours:cuda"] |= {"peak_bytes": 2**20}
+    variants["eager"] |= {"peak_bytes": 3 * 2**19}
+    header, _, row = result_table(Run(None, environment_of(), CEILINGS, [result_of(variants=variants)]))
+    cells = dict(zip(*([cell.strip() for cell in line.strip("|").split("|")] for line in (header, row)), strict=True))
+    assert cells["memory"] == "1.0 MiB (eager 1.50x)"
+
+
 def test_a_kernel_counts_as_run_only_when_a_gpu_gave_the_right_gradient():
     waiting = ("layer_norm_modulate", "cuda")
     on_gpu = Run(None, environment_of(), CEILINGS, [result_of()])
