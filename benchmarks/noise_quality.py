@@ -30,7 +30,7 @@ CASES = 12  # of each operator, sharing and dtype
 SHARING = ("independent", "shared", "mixed", "progressive")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = ("epsilon", "v", "flow")
-BODY = 4.0  # normals below this are the body, the others the tail
+BODY = 4.0  # the radius where the tail begins
 QUICK_LATTE = LatteConfig(input_size=8, hidden_size=64, depth=2, num_heads=2, num_frames=3, num_classes=101)
 
 
@@ -240,12 +240,12 @@ def polynomials(words: int) -> list[dict[str, Any]]:
     cosine, sine = generator.direction(angle_word)
     normals = torch.stack(generator.box_muller(radius_word, angle_word)).double()
     exact = radius * torch.stack([angle.cos(), angle.sin()])
-    body = exact.abs() < BODY
+    body = (radius < BODY).expand(2, -1)
     rows = [
         ("radius", generator.radius(radius_word).double(), radius),
         ("cosine and sine", torch.stack([cosine, sine]).double(), torch.stack([angle.cos(), angle.sin()])),
-        (f"normals, body: below {BODY:.0f}", normals[body], exact[body]),
-        (f"normals, tail: {BODY:.0f} and more", normals[~body], exact[~body]),
+        (f"normals, body: radius below {BODY:.0f}", normals[body], exact[body]),
+        (f"normals, tail: radius {BODY:.0f} and more", normals[~body], exact[~body]),
     ]
     return [
         {

@@ -35,7 +35,7 @@ def test_the_page_has_every_table(page):
     for title in ("statistic ", "quantity ", "launches "):
         assert f"| {title}" in text
     assert "correlation: frames one apart" in text
-    assert "normals, tail: 4 and more" in text
+    assert "normals, tail: radius 4 and more" in text
     assert "| noise and loss " in text
 
 
