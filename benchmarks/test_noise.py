@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import vidkern
+from benchmarks.baselines.plain_diffusion import PlainDiffusion
 from benchmarks.environment import default_device
 from benchmarks.harness import Problem
 from benchmarks.sample_clock import sample_clock
 from vidkern import ops
+from vidkern.diffusion import Schedule, make_schedule
 from vidkern.ops.noise import reference
 
 pytestmark = pytest.mark.benchmark(group="noise", timer=sample_clock)
@@ -165,13 +169,74 @@ def mse_problem(clips: Clips, dtype: torch.dtype, backward: bool) -> Problem:
     )
 
 
+@cache
+def linear(device: torch.device) -> Schedule:
+    return make_schedule("linear", device=device)
+
+
+@cache
+def plain_diffusion(device: torch.device) -> PlainDiffusion:
+    return PlainDiffusion(linear(device))
+
+
+def hybrid_problem(clips: Clips, dtype: torch.dtype) -> Problem:
+    """Return mse and vb of a learned variance; public code reads the noise and the x_t that it stored."""
+
+    def ours(
+        model_out: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, key: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return ops.hybrid_loss(model_out, x0, alpha, sigma, t, linear(x0.device), key)
+
+    def plain(
+        model_out: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, key: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        pred, fraction = model_out.chunk(2, dim=2)
+        mse = (pred - noise).square().mean((2, 3, 4)).float()
+        epsilon, v, x, x_noisy = (clip.flatten(0, 1)[:, None] for clip in (pred.detach(), fraction, x0, x_t))
+        return mse, plain_diffusion(x0.device).variational_bound(epsilon, v, x, x_noisy, t.flatten()).view(t.shape)
+
+    def definition(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        with vidkern.backend("reference"):
+            return ours(*inputs)
+
+    def make_inputs(device: torch.device) -> list[Tensor]:
+        t = torch.randint(1000, clips.shape[:2], device=device)
+        alpha, sigma = linear(device).coefficients(t)
+        x0, noise = torch.randn(2, *clips.shape, device=device)
+        x_t = beside(alpha, x0) * x0 + beside(sigma, x0) * noise
+        model_out = torch.cat([noise + 0.3 * torch.randn_like(noise), torch.randn_like(noise)], dim=2)
+        return [
+            *(tensor.to(dtype) for tensor in (model_out, x0)),
+            *(alpha, sigma),
+            *(tensor.to(dtype) for tensor in (x_t, noise)),
+            *(t, make_key(device)),
+        ]
+
+    return Problem(
+        family="noise",
+        operator="hybrid_loss",
+        shape_name=clips.name,
+        shape=clips.shape,
+        dtype=dtype,
+        backward=True,
+        gradients=1,
+        ours=ours,
+        plain=plain,
+        definition=definition,
+        make_inputs=make_inputs,
+        traffic_bytes=8 * clips.elements * dtype.itemsize,
+    )
+
+
 def problems() -> list[Problem]:
     """Return what is timed, the most telling first: a run may be cut short."""
     dtypes = (torch.float32, torch.bfloat16)
     found = [normal_problem(clips, dtype) for clips in (LATTE, WAN) for dtype in dtypes]
     found += [add_noise_problem(LATTE, torch.float32, sharing) for sharing in SHARING]
     found += [add_noise_problem(WAN, torch.bfloat16, sharing) for sharing in SHARING]
-    return found + [mse_problem(clips, dtype, True) for clips in (LATTE, WAN) for dtype in dtypes]
+    found += [mse_problem(clips, dtype, True) for clips in (LATTE, WAN) for dtype in dtypes]
+    found += [hybrid_problem(LATTE, dtype) for dtype in dtypes]
+    return [*found, hybrid_problem(WAN, torch.bfloat16)]
 
 
 def small_problems() -> list[Problem]:
@@ -182,6 +247,7 @@ def small_problems() -> list[Problem]:
         lambda dtype: normal_problem(clips, dtype),
         *(lambda dtype, mode=mode: add_noise_problem(clips, dtype, mode, True) for mode in SHARING),
         lambda dtype: mse_problem(clips, dtype, True),
+        lambda dtype: hybrid_problem(clips, dtype),
     ]
     return [case(dtype) for case in cases for dtype in dtypes]
 

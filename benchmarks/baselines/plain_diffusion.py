@@ -45,7 +45,7 @@ class PlainDiffusion:
         noise = torch.randn_like(x0) if noise is None else noise
         x_t = self.at("alpha", t) * x0 + self.at("sigma", t) * noise
         pred, fraction = model(x_t, t, *([] if y is None else [y])).chunk(2, dim=2)
-        vb = self._variational_bound(pred.detach(), fraction, x0, x_t, t)
+        vb = self.variational_bound(pred.detach(), fraction, x0, x_t, t)
         mse = ((noise - pred) ** 2).flatten(1).mean(1)
         return (mse + vb).mean()
 
@@ -77,7 +77,8 @@ class PlainDiffusion:
     def _posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return self.at("mean_of_x0", t) * x0 + self.at("mean_of_x_t", t) * x_t
 
-    def _variational_bound(self, epsilon: Tensor, fraction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def variational_bound(self, epsilon: Tensor, fraction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the term of the bound at t (B,), in bits per dimension of each clip."""
         true_mean, true_log_variance = self._posterior_mean(x0, x_t, t), self.at("log_variance", t)
         _, mean, log_variance = self._denoised(epsilon, fraction, x_t, t)
         kl = 0.5 * (
