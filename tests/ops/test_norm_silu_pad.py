@@ -15,14 +15,26 @@ NORMS = [("rms", 1), ("group", 1), ("group", 4)]
 every_norm = pytest.mark.parametrize(("norm", "groups"), NORMS, ids=str)
 
 
-def plain(x, weight, bias=None, cache=None, *, norm, groups, kernel=(3, 3, 3), time_pad="zeros", space_pad="zeros"):
+def plain(
+    x,
+    weight,
+    bias=None,
+    cache=None,
+    *,
+    norm,
+    groups,
+    kernel=(3, 3, 3),
+    dilation=(1, 1, 1),
+    time_pad="zeros",
+    space_pad="zeros",
+):
     """Norm by PyTorch's own functions, then SiLU, then pad by PyTorch's own modes."""
     if norm == "rms":
         normed = F.rms_norm(x.movedim(1, -1), x.shape[1:2], weight, 1e-6).movedim(-1, 1)
         normed = normed if bias is None else normed + bias[:, None, None, None]
     else:
         normed = F.group_norm(x, groups, weight, bias, 1e-6)
-    act, before = F.silu(normed), kernel[0] - 1
+    act, before = F.silu(normed), (kernel[0] - 1) * dilation[0]
     if cache is not None:
         act = torch.cat((cache, act), 2)
     elif time_pad == "zeros":
@@ -30,7 +42,7 @@ def plain(x, weight, bias=None, cache=None, *, norm, groups, kernel=(3, 3, 3), t
     else:
         act = torch.cat([act[:, :, :1]] * before + [act], 2)
     mode = "constant" if space_pad == "zeros" else space_pad
-    return F.pad(act, (*around(kernel[2], 1), *around(kernel[1], 1), 0, 0), mode=mode)
+    return F.pad(act, (*around(kernel[2], dilation[2]), *around(kernel[1], dilation[1]), 0, 0), mode=mode)
 
 
 def vector(size: int = 8) -> Tensor:

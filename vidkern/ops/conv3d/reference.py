@@ -194,7 +194,12 @@ def causal_conv3d_backward(
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """Return x in the dtype that norms are computed in: float32 for 16 bits, float64 otherwise."""
+    return x.to(torch.promote_types(_sum_dtype(x.dtype), torch.float32))
+
+
+def _statistic(value: Tensor, x: Tensor) -> Tensor:
+    return value.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -240,7 +245,7 @@ def norm_silu_pad(
         rstd = (centred.square().mean((2, 3, 4, 5)) + eps).rsqrt()
     act = F.silu(_affine(_normed(x, mean, rstd, norm, groups), weight, bias))
     padded = pad(act.flatten(1, 2).to(x.dtype), cache, kernel, dilation, time_pad, space_pad)
-    return _channels_last(padded), mean, rstd
+    return _channels_last(padded), _statistic(mean, x), _statistic(rstd, x)
 
 
 def norm_silu_pad_backward(
@@ -275,4 +280,4 @@ def norm_silu_pad_backward(
         dx = dnormed - dnormed.mean(over, keepdim=True) - normed * (dnormed * normed).mean(over, keepdim=True)
         dx = dx * rstd[..., None, None, None, None]
     dx = _channels_last(dx.flatten(1, 2).to(x.dtype))
-    return dx, dweight, dbias, _channels_last(dcache.to(x.dtype))
+    return dx, _statistic(dweight, x), _statistic(dbias, x), _channels_last(dcache.to(x.dtype))
