@@ -120,7 +120,8 @@ def denoise(model, pairs, x, t, y, text_embedding, use_fp16):
         z = rearrange(z, "(b f) n d -> (b n) f d", b=batch)
         if i == 0:
             z = z + model.temp_embed
-        z = temporal(z, repeat(each_frame, "b f d -> (b n) f d", n=places))
+        condition = each_frame if time.dim() == 3 else each_frame[:, 0]
+        z = temporal(z, condition.repeat_interleave(places, dim=0))
         z = rearrange(z, "(b n) f d -> (b f) n d", b=batch)
     return rearrange(model.unpatchify(model.final_layer(z, last.flatten(0, 1))), "(b f) c h w -> b f c h w", b=batch)
 
