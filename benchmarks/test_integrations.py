@@ -47,10 +47,10 @@ def randn(*shape: int, device: torch.device) -> Tensor:
 
 
 def latte() -> Model:
-    """Latte-1's text-to-video transformer at 16 x 512 x 512; on a CPU a pair of blocks, Latte-S wide, at 128 x 128."""
+    """Latte-1's text-to-video transformer at 16 x 512 x 512, 4 pairs of blocks; on a CPU one small pair."""
     from diffusers import LatteTransformer3DModel
 
-    heads, head_size, layers, size = (16, 72, 28, 64) if ON_GPU else (6, 64, 1, 16)
+    heads, head_size, layers, size = (16, 72, 4, 64) if ON_GPU else (6, 64, 1, 16)
     frames, text, caption = 16, 120, 4096 if ON_GPU else 64
     return Model(
         "LatteTransformer3DModel",
@@ -81,10 +81,10 @@ def latte() -> Model:
 
 
 def wan() -> Model:
-    """Wan 2.2 TI2V 5B's width at 121 x 704 x 1280, of 4 layers, the first frame given; on a CPU 8 small frames."""
+    """Wan 2.2 TI2V 5B's width at 121 x 704 x 1280, of 2 layers, the first frame given; on a CPU 8 small frames."""
     from diffusers import WanTransformer3DModel
 
-    heads, ffn, layers, text_size = (24, 14336, 4, 4096) if ON_GPU else (3, 1536, 2, 64)
+    heads, ffn, layers, text_size = (24, 14336, 2, 4096) if ON_GPU else (3, 1536, 2, 64)
     channels, frames, height, width = (48, 31, 44, 80) if ON_GPU else (16, 8, 12, 12)
     places = height * width // 4
 
