@@ -24,7 +24,7 @@ class Layer(NamedTuple):
 
 
 LAYERS = [
-    Layer((3, 3, 3), (512, 512), like=(96, 384)),  # CogVideoX's and Wan's widest; Wan's narrowest
+    Layer((3, 3, 3), (512, 512), like=(128, 384)),
     Layer((3, 3, 3), (192, 192)),
     Layer((3, 3, 3), (128, 128), time_pad="first_frame", cached=False, backward=False),
     Layer((3, 3, 3), (96, 3), backward=False),

@@ -218,16 +218,15 @@ def spread(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     return out.copy_(x)
 
 
-@pytest.mark.parametrize("far", ["batches", "frames", "rows", "columns"])
-def test_offsets_of_more_than_32_bits(kernels, far):
+@pytest.mark.parametrize(("name", "axis"), [("x", 0), ("x", 2), ("x", 3), ("x", 4), ("weight", 0)])
+def test_offsets_of_more_than_32_bits(kernels, name, axis):
     case = Case((2, 2, 2), (8, 3), (2, 2, 2, 2), cached=1)
     inputs = random_inputs(case, torch.bfloat16, kernels.device)
     dy = video(2, 3, 2, 2, 2).to(kernels.device, torch.bfloat16)
-    axis = {"batches": 0, "frames": 2, "rows": 3, "columns": 4}[far]
-    x = inputs["x"]
-    strides = [stride if i != axis else 2**31 for i, stride in enumerate(x.stride())]
+    near = inputs[name].contiguous(memory_format=torch.channels_last_3d)
+    strides = [stride if i != axis else 2**31 for i, stride in enumerate(near.stride())]
     y, grads = run(kernels, case, inputs, dy)
-    y_far, grads_far = run(kernels, case, {**inputs, "x": spread(x, tuple(strides))}, dy)
+    y_far, grads_far = run(kernels, case, {**inputs, name: spread(near, tuple(strides))}, dy)
     assert torch.equal(y_far, y)
     assert all(torch.equal(grads_far[name], grad) for name, grad in grads.items())
 
@@ -245,3 +244,12 @@ def test_the_operator_and_its_gradients_by_this_backend(full_precision, kernels)
     direct, direct_grads = run(kernels, case, inputs, upstream[0])
     assert torch.equal(y[0], direct)
     assert all(torch.equal(grad, direct_grads[name]) for name, grad in zip(inputs, grads, strict=True))
+
+
+def test_opcheck_by_this_backend(kernels):
+    case = Case((2, 2, 2), (3, 4), (1, 1, 3, 2), time_pad="first_frame", space_pad="replicate")
+    inputs = random_inputs(case, torch.float32, kernels.device)
+    x, weight = (inputs[name].requires_grad_() for name in ("x", "weight"))
+    arguments = (x, weight, None, None, None, *(list(v) if isinstance(v, tuple) else v for v in case.options.values()))
+    with vidkern.backend("triton"):
+        torch.library.opcheck(torch.ops.vidkern.causal_conv3d.default, arguments)

@@ -5,12 +5,12 @@
     weight gradient   dw (Cout, Cin) of a tap = dy^T (Cout, positions)       clip (positions, Cin)
 
 A tile of positions lies within one frame, so a tap reads one frame for the whole tile: of the cache, of x or of the
-padding. Each output's sum runs over pieces of channels, and over the taps of each, whatever else is computed with it: a
+padding. Each output's sum runs over the taps, and over the channels of each, whatever else is computed with it: a
 stream has the bits of the whole clip. Batch, frames, sizes, channels and strides are run-time values: a change of them
 compiles nothing but another tile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,8 @@ LOAD_BYTES = 16
 ENOUGH_PROGRAMS = 1024  # to fill a GPU a few times over
 SHORTEST_RUN = 16  # tiles of positions that a partial sum of the weight's or the bias's gradient takes
 SUM_ROWS, SUM_RUNS, SUM_WIDTH = 32, 8, 128  # positions, runs and channels that are added side by side
-MAX_REGISTERS = 128  # of a thread where loads are wide: two programs of eight warps share a multiprocessor
+MAX_WARPS = 8
+MAX_REGISTERS = 128  # of a thread where loads are wide: two programs of MAX_WARPS share a multiprocessor
 PIECE_TERMS = 128  # of a float32 sum, which are summed on their own: one long sum loses digits
 
 
@@ -62,28 +63,30 @@ def _source(
     size,
     before,
     dilation,
+    stride,
     STRIDE: tl.constexpr,
     PAD: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """Return (index, inside): what a tap of the output position ``at`` reads along one axis, padded by ``before``."""
+    """Return (offset, inside): what a tap of the output position ``at`` reads along one axis, padded by ``before``."""
     if TRANSPOSED:
-        reached = at + before - tap * dilation
-        index = reached // STRIDE
-        inside = (reached >= 0) & (reached % STRIDE == 0) & (index < size)
+        first, step = at + before, -tap * dilation
     else:
-        index = at * STRIDE + tap * dilation - before
-        inside = (index >= 0) & (index < size)
-        if PAD == "reflect":
-            index = size - 1 - tl.abs(size - 1 - tl.abs(index))
-        if PAD != "zeros":
-            index = tl.minimum(tl.maximum(index, 0), size - 1)
-            inside = inside | True
-    return index, inside
+        first, step = at * STRIDE - before, tap * dilation
+    if TRANSPOSED and STRIDE > 1:
+        index = first + step
+        inside = (index >= 0) & (index % STRIDE == 0) & (index < size * STRIDE)
+        return index // STRIDE * stride, inside
+    if PAD == "zeros":  # apart, so that what no tap changes is computed once
+        return first * stride + step * stride, (first >= -step) & (first < size - step)
+    index = first + step
+    if PAD == "reflect":
+        index = size - 1 - tl.abs(size - 1 - tl.abs(index))
+    return tl.minimum(tl.maximum(index, 0), size - 1) * stride, at >= 0
 
 
 @triton.jit
-def _gather(
+def _places(
     x,  # (B, C, F, H, W), unit stride in C
     cache,  # the frames before x, or None
     b,
@@ -92,8 +95,6 @@ def _gather(
     w,
     wanted,
     tap,
-    channels,
-    channel_count,
     sizes,
     befores,
     dilations,
@@ -104,33 +105,35 @@ def _gather(
     TIME_PAD: tl.constexpr,
     SPACE_PAD: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    CACHE_LIKE_X: tl.constexpr,
     UNIT: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """Return the tile (positions, channels) that a tap reads for the outputs (b, t, h, w)."""
+    """Return (frame, offsets, inside): where what a tap reads for the outputs (b, t, h, w) begins."""
     i, j, l = tap // (KERNEL[1] * KERNEL[2]), tap // KERNEL[2] % KERNEL[1], tap % KERNEL[2]
-    f, f_in = _source(t, i, sizes[0], befores[0], dilations[0], STRIDE[0], TIME_PAD, TRANSPOSED)
-    row, row_in = _source(h, j, sizes[1], befores[1], dilations[1], STRIDE[1], SPACE_PAD, TRANSPOSED)
-    column, column_in = _source(w, l, sizes[2], befores[2], dilations[2], STRIDE[2], SPACE_PAD, TRANSPOSED)
     x_b, x_f, x_h, x_w = x_strides
+    f, f_in = _source(t, i, sizes[0], befores[0], dilations[0], 1, STRIDE[0], TIME_PAD, TRANSPOSED)
     frames = x
     if cache is not None:
         cached = f < 0
-        frames = tl.where(cached, cache, x)
-        x_b = tl.where(cached, cache_strides[0], x_b)
-        x_f = tl.where(cached, cache_strides[1], x_f)
-        x_h = tl.where(cached, cache_strides[2], x_h)
-        x_w = tl.where(cached, cache_strides[3], x_w)
-        f_in = f_in | cached
-        f = tl.where(cached, f + befores[0], f)
+        frames, f, f_in = tl.where(cached, cache, x), tl.where(cached, f + befores[0], f), f_in | cached
+        x_b, x_f = tl.where(cached, cache_strides[0], x_b), tl.where(cached, cache_strides[1], x_f)
+        if not CACHE_LIKE_X:
+            x_h, x_w = tl.where(cached, cache_strides[2], x_h), tl.where(cached, cache_strides[3], x_w)
     frame = frames + (b.to(tl.int64) * x_b + f.to(tl.int64) * x_f) * UNIT
-    offsets = (row.to(OFFSET) * x_h + column.to(OFFSET) * x_w) * UNIT
-    inside = wanted & row_in & column_in & f_in
-    return tl.load(
-        frame + offsets[:, None] + channels[None, :],
-        mask=inside[:, None] & (channels < channel_count)[None, :],
-        other=0.0,
-    )
+    x_h, x_w = x_h.to(OFFSET), x_w.to(OFFSET)
+    row, row_in = _source(h, j, sizes[1], befores[1], dilations[1], x_h, STRIDE[1], SPACE_PAD, TRANSPOSED)
+    column, column_in = _source(w, l, sizes[2], befores[2], dilations[2], x_w, STRIDE[2], SPACE_PAD, TRANSPOSED)
+    return frame, (row + column) * UNIT, wanted & row_in & column_in & f_in
+
+
+@triton.jit
+def _load(frame, offsets, inside, channels, channel_count, WHOLE: tl.constexpr):
+    """Return the tile (positions, channels); WHOLE tells that no channel lies beyond the last."""
+    inside = inside[:, None]
+    if not WHOLE:
+        inside = inside & (channels < channel_count)[None, :]
+    return tl.load(frame + (offsets[:, None] + channels[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -205,6 +208,8 @@ def _convolve(
     TIME_PAD: tl.constexpr,
     SPACE_PAD: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    CACHE_LIKE_X: tl.constexpr,
+    WHOLE: tl.constexpr,
     X_UNIT: tl.constexpr,
     WEIGHT_UNIT: tl.constexpr,
     Y_UNIT: tl.constexpr,
@@ -228,26 +233,29 @@ def _convolve(
     h, w, m_in, n_in = m // width, m % width, m < height * width, n < channels
 
     sums, total = tl.zeros((M, N), tl.float32), tl.zeros((M, N), tl.float32)
-    for step in range(tl.cdiv(x_channels, K) * TAPS):
-        tap, k = step % TAPS, step // TAPS * K + tl.arange(0, K)
-        a = _gather(
-            *(x, cache, b, t, h, w, m_in, tap, k, x_channels),
+    for tap in tl.range(TAPS, flatten=True):  # one loop of copies on their way; places are found once a tap
+        frame, offsets, inside = _places(
+            *(x, cache, b, t, h, w, m_in, tap),
             (x_frames, x_height, x_width),
             (before_t, before_h, before_w),
             (dilation_t, dilation_h, dilation_w),
             (x_b, x_f, x_h, x_w),
             (cache_b, cache_f, cache_h, cache_w),
-            *(KERNEL, STRIDE, TIME_PAD, SPACE_PAD, TRANSPOSED, X_UNIT, OFFSET),
+            *(KERNEL, STRIDE, TIME_PAD, SPACE_PAD, TRANSPOSED, CACHE_LIKE_X, X_UNIT, OFFSET),
         )
         i, j, l = tap // (KERNEL[1] * KERNEL[2]), tap // KERNEL[2] % KERNEL[1], tap % KERNEL[2]
         weights = weight + (i * weight_f.to(OFFSET) + j * weight_h.to(OFFSET) + l * weight_w.to(OFFSET)) * WEIGHT_UNIT
-        if TRANSPOSED:
-            weights += (k.to(OFFSET) * weight_o * WEIGHT_UNIT)[:, None] + n[None, :]
-        else:
-            weights += (n.to(OFFSET) * weight_o * WEIGHT_UNIT)[None, :] + k[:, None]
-        c = tl.load(weights, mask=(k < x_channels)[:, None] & n_in[None, :], other=0.0)
-        sums = tl.dot(a.to(OPERAND), c.to(OPERAND), sums, input_precision=PRECISION)
-        sums, total = _carry(sums, total, step, PIECE)
+        for first in range(0, x_channels, K):
+            k = first + tl.arange(0, K)
+            a = _load(frame, offsets, inside, k, x_channels, WHOLE)
+            if TRANSPOSED:
+                c_places = weights + (k.to(OFFSET) * weight_o * WEIGHT_UNIT)[:, None] + n[None, :]
+            else:
+                c_places = weights + (n.to(OFFSET) * weight_o * WEIGHT_UNIT)[None, :] + k[:, None]
+            c_in = n_in[None, :] if WHOLE else (k < x_channels)[:, None] & n_in[None, :]
+            c = tl.load(c_places, mask=c_in, other=0.0)
+            sums = tl.dot(a.to(OPERAND), c.to(OPERAND), sums, input_precision=PRECISION)
+            sums, total = _carry(sums, total, tap * tl.cdiv(x_channels, K) + first // K, PIECE)
     sums += total
 
     if bias is not None:
@@ -304,6 +312,8 @@ def _weight_gradient(
     STRIDE: tl.constexpr,
     TIME_PAD: tl.constexpr,
     SPACE_PAD: tl.constexpr,
+    CACHE_LIKE_X: tl.constexpr,
+    WHOLE: tl.constexpr,
     X_UNIT: tl.constexpr,
     DY_UNIT: tl.constexpr,
     M: tl.constexpr,
@@ -333,17 +343,18 @@ def _weight_gradient(
         k = chunk % chunks_of_frame * K + tl.arange(0, K)
         h, w, k_in = k // width, k % width, k < height * width
         places = (h.to(OFFSET) * dy_h + w.to(OFFSET) * dy_w) * DY_UNIT
-        frame = dy + (b.to(tl.int64) * dy_b + t.to(tl.int64) * dy_f) * DY_UNIT
-        grad = tl.load(frame + places[None, :] + m[:, None], mask=k_in[None, :] & (m < channels)[:, None], other=0.0)
-        a = _gather(
-            *(x, cache, b, t, h, w, k_in, tap, n, x_channels),
+        dy_frame = dy + (b.to(tl.int64) * dy_b + t.to(tl.int64) * dy_f) * DY_UNIT
+        grad = tl.load(dy_frame + places[None, :] + m[:, None], mask=k_in[None, :] & (m < channels)[:, None], other=0.0)
+        frame, offsets, inside = _places(
+            *(x, cache, b, t, h, w, k_in, tap),
             (x_frames, x_height, x_width),
             (before_t, before_h, before_w),
             (dilation_t, dilation_h, dilation_w),
             (x_b, x_f, x_h, x_w),
             (cache_b, cache_f, cache_h, cache_w),
-            *(KERNEL, STRIDE, TIME_PAD, SPACE_PAD, False, X_UNIT, OFFSET),
+            *(KERNEL, STRIDE, TIME_PAD, SPACE_PAD, False, CACHE_LIKE_X, X_UNIT, OFFSET),
         )
+        a = _load(frame, offsets, inside, n, x_channels, WHOLE)
         sums = tl.dot(grad.to(OPERAND), a.to(OPERAND), sums, input_precision=PRECISION)
         sums, total = _carry(sums, total, chunk - first, PIECE)
     sums += total
@@ -382,9 +393,9 @@ def _bias_gradient(
         position = chunk % chunks_of_frame * ROWS + tl.arange(0, ROWS)
         b, t, h, w = image // frames, image % frames, position // width, position % width
         places = (h.to(OFFSET) * dy_h + w.to(OFFSET) * dy_w) * DY_UNIT
-        frame = dy + (b.to(tl.int64) * dy_b + t.to(tl.int64) * dy_f) * DY_UNIT
+        dy_frame = dy + (b.to(tl.int64) * dy_b + t.to(tl.int64) * dy_f) * DY_UNIT
         inside = (position < height * width)[:, None] & (columns < channels)[None, :]
-        sums += tl.load(frame + places[:, None] + columns[None, :], mask=inside, other=0.0).to(SUM)
+        sums += tl.load(dy_frame + places[:, None] + columns[None, :], mask=inside, other=0.0).to(SUM)
     tl.store(partials + part.to(tl.int64) * channels + columns, tl.sum(sums, 0), mask=columns < channels)
 
 
@@ -423,7 +434,7 @@ def _tile(rows: int, channels: int, terms: int, dtype: torch.dtype, precision: s
         m, n, k, stages = _power_of_two(rows, 128), min(64, _columns(channels)), 32, 3
     else:
         m, n, k, stages = _power_of_two(rows, 64), min(64, _columns(channels)), 16, 3
-    return Tile(m, n, _power_of_two(terms, k), min(8, max(1, m // 32, m * n // 1024)), stages)
+    return Tile(m, n, _power_of_two(terms, k), min(MAX_WARPS, max(1, m // 32, m * n // 1024)), stages)
 
 
 def _capability(device: torch.device) -> int:
@@ -451,11 +462,14 @@ def _unit(*tensors: Tensor | None) -> int:
     return width if all(n % width == 0 for x in some for n in (x.shape[1], *_strides(x))) else 1
 
 
-def _is_wide(*tensors: Tensor | None) -> bool:
-    """Whether offsets within a frame, or within the weight, need 64 bits."""
-    some = [x for x in tensors if x is not None]
-    spans = (sum((x.shape[axis] - 1) * x.stride(axis) for axis in (1, 3, 4)) for x in some)
-    return max(spans) >= 2**31
+def _is_wide(weight: Tensor | None, *videos: Tensor | None) -> bool:
+    """Whether offsets within the weight, or within a frame, need 64 bits."""
+    spans = [_span(x, (1, 3, 4)) for x in videos if x is not None]
+    return max(spans + ([] if weight is None else [_span(weight, range(5))])) >= 2**31
+
+
+def _span(x: Tensor, axes: Iterable[int]) -> int:
+    return sum((x.shape[axis] - 1) * x.stride(axis) for axis in axes)
 
 
 def _constants(dtype: torch.dtype, tile: Tile, precision: str, aligned: bool) -> dict[str, Any]:
@@ -467,7 +481,7 @@ def _constants(dtype: torch.dtype, tile: Tile, precision: str, aligned: bool) ->
         "PRECISION": precision,
         "INTERPRETED": _extension.interpreting(),
         "num_warps": tile.warps,
-        "maxnreg": MAX_REGISTERS if aligned else None,
+        "maxnreg": MAX_REGISTERS if aligned and tile.warps == MAX_WARPS else None,
         "num_stages": tile.stages,
     }
 
@@ -525,9 +539,11 @@ def _launch_convolve(
             TIME_PAD="replicate" if time_pad == "first_frame" and cache is None else "zeros",
             SPACE_PAD=space_pad,
             TRANSPOSED=transposed,
+            CACHE_LIKE_X=cache is None or _strides(x)[2:] == _strides(cache)[2:],
+            WHOLE=x.shape[1] % tile.k == 0,
             X_UNIT=x_unit,
             WEIGHT_UNIT=weight_unit,
-            WIDE=_is_wide(x, cache, weight, residual, y, head),
+            WIDE=_is_wide(weight, x, cache, residual, y, head),
             Y_UNIT=y_unit,
             **_constants(x.dtype, tile, precision, min(x_unit, weight_unit) > 1),
         )
@@ -620,9 +636,11 @@ def _launch_weight_gradient(
             STRIDE=tuple(stride),
             TIME_PAD="replicate" if time_pad == "first_frame" and cache is None else "zeros",
             SPACE_PAD=space_pad,
+            CACHE_LIKE_X=cache is None or _strides(x)[2:] == _strides(cache)[2:],
+            WHOLE=x_channels % tile.n == 0,
             X_UNIT=x_unit,
             DY_UNIT=dy_unit,
-            WIDE=_is_wide(dy, x, cache),
+            WIDE=_is_wide(None, dy, x, cache),
             **_constants(x.dtype, tile, precision, min(x_unit, dy_unit) > 1),
         )
         _launch_sum(partials, dweight, channels, taps, x_channels)
@@ -647,7 +665,7 @@ def _launch_bias_gradient(dy: Tensor) -> Tensor:
         _bias_gradient[(runs, triton.cdiv(channels, SUM_WIDTH))](
             *(dy, partials, frames, height, width, channels // unit, chunks, run, *_strides(dy, unit)),
             DY_UNIT=unit,
-            WIDE=_is_wide(dy),
+            WIDE=_is_wide(None, dy),
             ROWS=SUM_ROWS,
             WIDTH=SUM_WIDTH,
         )
