@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from benchmarks.environment import default_device
 from benchmarks.harness import Problem
 from benchmarks.sample_clock import sample_clock
 from vidkern import ops
-from vidkern.diffusion import Schedule, make_schedule
+from vidkern.diffusion import make_schedule
 from vidkern.ops.noise import reference
 
 pytestmark = pytest.mark.benchmark(group="noise", timer=sample_clock)
@@ -169,23 +168,15 @@ def mse_problem(clips: Clips, dtype: torch.dtype, backward: bool) -> Problem:
     )
 
 
-@cache
-def linear(device: torch.device) -> Schedule:
-    return make_schedule("linear", device=device)
-
-
-@cache
-def plain_diffusion(device: torch.device) -> PlainDiffusion:
-    return PlainDiffusion(linear(device))
-
-
 def hybrid_problem(clips: Clips, dtype: torch.dtype) -> Problem:
     """Return mse and vb of a learned variance; public code reads the noise and the x_t that it stored."""
+    schedule = make_schedule("linear", device=default_device())
+    diffusion = PlainDiffusion(schedule)
 
     def ours(
         model_out: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, key: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return ops.hybrid_loss(model_out, x0, alpha, sigma, t, linear(x0.device), key)
+        return ops.hybrid_loss(model_out, x0, alpha, sigma, t, schedule, key)
 
     def plain(
         model_out: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, key: Tensor
@@ -193,7 +184,7 @@ def hybrid_problem(clips: Clips, dtype: torch.dtype) -> Problem:
         pred, fraction = model_out.chunk(2, dim=2)
         mse = (pred - noise).square().mean((2, 3, 4)).float()
         epsilon, v, x, x_noisy = (clip.flatten(0, 1)[:, None] for clip in (pred.detach(), fraction, x0, x_t))
-        return mse, plain_diffusion(x0.device).variational_bound(epsilon, v, x, x_noisy, t.flatten()).view(t.shape)
+        return mse, diffusion.variational_bound(epsilon, v, x, x_noisy, t.flatten()).view(t.shape)
 
     def definition(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         with vidkern.backend("reference"):
@@ -201,7 +192,7 @@ def hybrid_problem(clips: Clips, dtype: torch.dtype) -> Problem:
 
     def make_inputs(device: torch.device) -> list[Tensor]:
         t = torch.randint(1000, clips.shape[:2], device=device)
-        alpha, sigma = linear(device).coefficients(t)
+        alpha, sigma = schedule.coefficients(t)
         x0, noise = torch.randn(2, *clips.shape, device=device)
         x_t = beside(alpha, x0) * x0 + beside(sigma, x0) * noise
         model_out = torch.cat([noise + 0.3 * torch.randn_like(noise), torch.randn_like(noise)], dim=2)
