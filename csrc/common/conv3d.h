@@ -31,24 +31,26 @@ struct Axis {
     return at < 0 ? -at : 2 * last - at;
   }
 
-  // Calls f(i) for every padded position i that is a copy of position s, its own place first.
-  template <typename F>
-  VIDKERN_HOST_DEVICE void for_each_copy(int64_t s, F f) const {
-    const int64_t last = size - 1;
-    f(before + s);
-    if (mode == PadMode::edge) {
-      for (int64_t i = 0; s == 0 && i < before; ++i) f(i);
-      for (int64_t i = 0; s == last && i < after; ++i) f(before + size + i);
-    } else if (mode == PadMode::reflect) {
-      if (s >= 1 && s <= before) f(before - s);
-      if (s < last && last - s <= after) f(before + 2 * last - s);
-    }
+  // Padded positions that are copies of position s: its own place, and those of its edge or its mirror images.
+  VIDKERN_HOST_DEVICE int64_t copies(int64_t s) const { return 1 + copies_before(s) + copies_after(s); }
+
+  VIDKERN_HOST_DEVICE int64_t copy(int64_t s, int64_t k) const {  // 0 <= k < copies(s)
+    if (k == 0) return before + s;
+    const bool in_front = k <= copies_before(s);
+    if (mode == PadMode::reflect) return in_front ? before - s : before + 2 * (size - 1) - s;
+    return in_front ? k - 1 : before + size + k - 1 - copies_before(s);
   }
 
-  VIDKERN_HOST_DEVICE int64_t copies(int64_t s) const {
-    int64_t count = 0;
-    for_each_copy(s, [&](int64_t) { ++count; });
-    return count;
+ private:
+  VIDKERN_HOST_DEVICE int64_t copies_before(int64_t s) const {
+    if (mode == PadMode::edge) return s == 0 ? before : 0;
+    return mode == PadMode::reflect && s >= 1 && s <= before ? 1 : 0;
+  }
+
+  VIDKERN_HOST_DEVICE int64_t copies_after(int64_t s) const {
+    const int64_t away = size - 1 - s;
+    if (mode == PadMode::edge) return away == 0 ? after : 0;
+    return mode == PadMode::reflect && away >= 1 && away <= after ? 1 : 0;
   }
 };
 

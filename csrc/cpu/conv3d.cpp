@@ -362,9 +362,9 @@ template <typename T>
 void find_copies(const PadBackward& a, const Row& row, std::vector<const T*>& copies) {
   const Padding& p = a.padding;
   copies.clear();
-  p.t.for_each_copy(row.t, [&](int64_t t) {
-    p.h.for_each_copy(row.h, [&](int64_t h) { copies.push_back(at<const T>(a.dpadded, row.b, t, h, 0)); });
-  });
+  for (int64_t i = 0; i < p.t.copies(row.t); ++i)
+    for (int64_t j = 0; j < p.h.copies(row.h); ++j)
+      copies.push_back(at<const T>(a.dpadded, row.b, p.t.copy(row.t, i), p.h.copy(row.h, j), 0));
 }
 
 // The sum over a position's copies of their gradients, in float32.
@@ -373,11 +373,10 @@ VIDKERN_INLINE void fold(const std::vector<const T*>& copies, const Axis& axis, 
                          int64_t c) {
   std::fill_n(sum, whole_vecs(c), 0.0f);
   for (const T* row : copies)
-    axis.for_each_copy(w, [&](int64_t at) VIDKERN_INLINE_LAMBDA {
+    for (int64_t k = 0; k < axis.copies(w); ++k)
       for_each_lanes(c, [&](int64_t i, auto lanes) VIDKERN_INLINE_LAMBDA {
-        store(sum + i, load(sum + i) + load(row + at * stride + i, lanes));
+        store(sum + i, load(sum + i) + load(row + axis.copy(w, k) * stride + i, lanes));
       });
-    });
 }
 
 // Calls f(w, gradient) for the positions of a row: the gradient where it lies, or a float32 sum of the copies'.

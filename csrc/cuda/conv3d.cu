@@ -1,7 +1,7 @@
 // The padded input of a causal convolution on CUDA: norm and SiLU on the way, and the gradients, in one pass over rows.
 //
-// A block takes a stretch of one row of positions. A position's channels lie in a few neighbouring lanes of a warp, eight
-// at a time, so sums over channels are shuffles; several positions are under way at once.
+// A block takes a stretch of one row of positions. A position's channels lie in neighbouring threads, eight in each; where
+// they are summed, in the lanes of one warp, a few times eight in each. Several positions are under way at once.
 #include "common/conv3d.h"
 #include "common/device.h"
 #include "common/launch.h"
@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kStretch = 64;    // positions of a row that a block takes, at least as many as it holds at once
-constexpr int kMaxPacks = 8;    // of a thread
+constexpr int kMaxPacks = 4;    // of a lane whose warp sums over channels
+constexpr int kMaxChannels = kWarp * kMaxPacks * kPack;
 constexpr int kRunLength = 64;  // positions that a thread takes the moments of
 
 template <typename T>
@@ -48,8 +49,8 @@ __device__ inline Gate sigmoid(float z) {
   return {z > 0.0f ? near : far, z > 0.0f ? far : near};
 }
 
-// How a block's threads share positions: `lanes` (a power of two, at most a warp) hold one, pack p of lane l is
-// channels (p * lanes + l) * 8 on; the block holds `slots` positions at once.
+// How a block's threads share positions: `lanes` (a power of two) hold one, pack p of lane l is channels
+// (p * lanes + l) * 8 on; the block holds `slots` positions at once, an even number.
 struct Share {
   int lanes, lane, slot, slots, c;
 
@@ -60,7 +61,7 @@ struct Share {
   __device__ int column(int pack) const { return (pack * lanes + lane) * kPack; }
   __device__ bool has(int pack) const { return column(pack) < c; }
 
-  __device__ float sum(float v) const {  // over a position's lanes
+  __device__ float sum(float v) const {  // over a position's lanes, of one warp
     for (int width = lanes / 2; width > 0; width /= 2) v += __shfl_xor_sync(0xffffffffu, v, width);
     return v;
   }
@@ -282,23 +283,22 @@ __device__ inline void fold(const PadBackward& a, const Share& share, const Bloc
                             float (&grad)[kPacks][kPack]) {
   for_each_element<kPacks>([&](int k, int i) { grad[k][i] = 0.0f; });
   const Padding& p = a.padding;
-  p.t.for_each_copy(block.t, [&](int64_t t) {
-    p.h.for_each_copy(block.h, [&](int64_t h) {
-      p.w.for_each_copy(w, [&](int64_t column) {
-        const T* from = at<T>(a.dpadded, block.b, t, h, column);
+  const int64_t of_t = p.t.copies(block.t), of_h = p.h.copies(block.h), of_w = p.w.copies(w);
+#pragma unroll 1
+  for (int64_t copy = 0; copy < of_t * of_h * of_w; ++copy) {
+    const int64_t t = p.t.copy(block.t, copy / of_w / of_h), h = p.h.copy(block.h, copy / of_w % of_h);
+    const T* from = at<T>(a.dpadded, block.b, t, h, p.w.copy(w, copy % of_w));
 #pragma unroll
-        for (int k = 0; k < kPacks; ++k) {
-          if (!share.has(k)) continue;
-          float v[kPack];
-          load_at(from + share.column(k), a.dpadded.aligned).widen(v);
-          for_each([&](int i) { grad[k][i] += v[i]; });
-        }
-      });
-    });
-  });
+    for (int k = 0; k < kPacks; ++k) {
+      if (!share.has(k)) continue;
+      float v[kPack];
+      load_at(from + share.column(k), a.dpadded.aligned).widen(v);
+      for_each([&](int i) { grad[k][i] += v[i]; });
+    }
+  }
 }
 
-// Writes the block's sums over its positions: four slots at a time, of which there are at least eight.
+// Writes the block's sums over its positions: two slots at a time.
 template <int kPacks>
 __device__ inline void store_sums(const Share& share, const float (&sums)[kPacks][kPack], float* out,
                                   Shared<float, kThreads * kPack>& scratch) {
@@ -310,10 +310,10 @@ __device__ inline void store_sums(const Share& share, const float (&sums)[kPacks
     if (share.slot != 0 || !share.has(k)) continue;
     float total[kPack] = {};
 #pragma unroll 1
-    for (int slot = 0; slot < share.slots; slot += 4)
+    for (int slot = 0; slot < share.slots; slot += 2)
       for_each([&](int i) {
         const auto of = [&](int k) -> float { return scratch[((slot + k) * share.lanes + share.lane) * kPack + i]; };
-        total[i] += (of(0) + of(1)) + (of(2) + of(3));
+        total[i] += of(0) + of(1);
       });
     Pack<float>::round(total).store(out + share.column(k));
   }
@@ -461,24 +461,28 @@ struct Lanes {
   int lanes, packs;  // of a position, and of a lane
 };
 
+template <PadNorm norm>
 Lanes lanes_of(int64_t c) {
-  const int64_t packs = c / kPack;
-  STD_TORCH_CHECK(c % kPack == 0 && packs <= kWarp * kMaxPacks, "C must be a multiple of ", kPack, " up to ",
-                  kWarp * kMaxPacks * kPack, ", got ", c);
-  int lanes = 1, per_lane = 1;
-  while (lanes < packs && lanes < kWarp) lanes *= 2;
-  while (lanes * per_lane < packs) per_lane *= 2;
-  return {lanes, per_lane};
+  STD_TORCH_CHECK(c % kPack == 0 && c <= kMaxChannels, "C must be a multiple of ", kPack, " up to ", kMaxChannels,
+                  ", got ", c);
+  constexpr int kMostLanes = norm == PadNorm::rms ? kWarp : kMaxChannels / kPack;
+  int lanes = 1, packs = 1;
+  while (lanes * kPack < c && lanes < kMostLanes) lanes *= 2;
+  while (lanes * packs * kPack < c) packs *= 2;
+  return {lanes, packs};
 }
 
 // Calls f(integral_constant) with the packs of a lane.
-template <typename F>
+template <PadNorm norm, typename F>
 void with_packs(int packs, F f) {
-  switch (packs) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    default: return f(std::integral_constant<int, kMaxPacks>{});
+  if constexpr (norm != PadNorm::rms) {
+    f(std::integral_constant<int, 1>{});
+  } else {
+    switch (packs) {
+      case 1: return f(std::integral_constant<int, 1>{});
+      case 2: return f(std::integral_constant<int, 2>{});
+      default: return f(std::integral_constant<int, kMaxPacks>{});
+    }
   }
 }
 
@@ -499,11 +503,11 @@ struct Cuda {
 
   template <PadNorm norm>
   static void pad(const Tensor& x, const PadForward& a) {
-    const auto [lanes, packs] = lanes_of(a.padding.c);
+    const auto [lanes, packs] = lanes_of<norm>(a.padding.c);
     if constexpr (norm == PadNorm::group) group_statistics(x, a);
     const int64_t blocks = a.padding.padded_rows() * stretches(a.padding.w.padded());
     with_type(a.dtype, [&, lanes = lanes](auto element) {
-      with_packs(packs, [&](auto count) {
+      with_packs<norm>(packs, [&](auto count) {
         launch(x, pad_kernel<norm, decltype(element), count.value>, blocks, kThreads, a, lanes, kStretch);
       });
     });
@@ -512,10 +516,10 @@ struct Cuda {
   template <PadNorm norm, Pass pass>
   static void backward_rows(const Tensor& on, BackwardArgs args) {
     const Padding& p = args.backward.padding;
-    const auto [lanes, packs] = lanes_of(p.c);
+    const auto [lanes, packs] = lanes_of<norm>(p.c);
     args.lanes = lanes, args.stretch = kStretch;
     with_type(args.backward.dtype, [&](auto element) {
-      with_packs(packs, [&](auto count) {
+      with_packs<norm>(packs, [&](auto count) {
         launch(on, pad_backward_kernel<norm, pass, decltype(element), count.value>, p.rows() * stretches(p.w.size),
                kThreads, args);
       });
@@ -530,25 +534,39 @@ struct Cuda {
   static void pad_backward(const Tensor& on, const PadBackward& a) {
     const Padding& p = a.padding;
     BackwardArgs args{a, nullptr, nullptr, nullptr, 0, 0};
-    if constexpr (norm == PadNorm::none) return backward_rows<norm, Pass::all>(on, args);
-    const int64_t rows = p.frames() * p.h.size * stretches(p.w.size);  // partial sums of a sample
-    const auto floats = [&](std::initializer_list<int64_t> size) { return empty_beside(on, size, ScalarType::Float); };
-    const Tensor bias_parts = floats({p.b, rows, p.c}), weight_parts = floats({p.b, rows, p.c});
-    args.bias_parts = bias_parts.mutable_data_ptr<float>();
-    args.weight_parts = weight_parts.mutable_data_ptr<float>();
-    if constexpr (norm == PadNorm::rms) {
+    if constexpr (norm == PadNorm::none) {
       backward_rows<norm, Pass::all>(on, args);
-      return sum_rows(on, 1, {args.bias_parts, args.weight_parts, a.dbias, a.dweight, p.b * rows, p.c});
+    } else {
+      const int64_t rows = p.frames() * p.h.size * stretches(p.w.size);  // partial sums of a sample
+      const Tensor bias_parts = floats(on, {p.b, rows, p.c}), weight_parts = floats(on, {p.b, rows, p.c});
+      args.bias_parts = bias_parts.mutable_data_ptr<float>();
+      args.weight_parts = weight_parts.mutable_data_ptr<float>();
+      if constexpr (norm == PadNorm::rms) {
+        backward_rows<norm, Pass::all>(on, args);
+        sum_rows(on, 1, {args.bias_parts, args.weight_parts, a.dbias, a.dweight, p.b * rows, p.c});
+      } else {
+        group_backward(on, args, rows);
+      }
     }
-    backward_rows<norm, Pass::sums>(on, args);
-    const Tensor bias_sums = floats({p.b, p.c}), weight_sums = floats({p.b, p.c}), offsets = floats({p.b, a.groups, 2});
+  }
+
+  static void group_backward(const Tensor& on, BackwardArgs args, int64_t rows) {
+    const PadBackward& a = args.backward;
+    const Padding& p = a.padding;
+    backward_rows<PadNorm::group, Pass::sums>(on, args);
+    const Tensor bias_sums = floats(on, {p.b, p.c}), weight_sums = floats(on, {p.b, p.c});
+    const Tensor offsets = floats(on, {p.b, a.groups, 2});
     float *const bias = bias_sums.mutable_data_ptr<float>(), *const weight = weight_sums.mutable_data_ptr<float>();
     sum_rows(on, p.b, {args.bias_parts, args.weight_parts, bias, weight, rows, p.c});
     sum_rows(on, 1, {bias, weight, a.dbias, a.dweight, p.b, p.c});
     const GroupArgs of_groups{a, bias, weight, offsets.mutable_data_ptr<float>()};
     launch(on, group_offsets_kernel, (p.b * a.groups + kThreads - 1) / kThreads, kThreads, of_groups);
     args.offsets = of_groups.offsets;
-    backward_rows<norm, Pass::dx>(on, args);
+    backward_rows<PadNorm::group, Pass::dx>(on, args);
+  }
+
+  static Tensor floats(const Tensor& on, std::initializer_list<int64_t> size) {
+    return empty_beside(on, size, ScalarType::Float);
   }
 };
 

@@ -11,16 +11,25 @@ from vidkern.ops.conv3d import reference
 
 #: CUDA kernels read eight channels at a time, and a warp holds a position.
 CUDA_GRANULE = 8
-CUDA_MAX_CHANNELS = 2048
+CUDA_MAX_CHANNELS = 1024
+#: A norm over fewer channels would leave the vectors of the CPU empty, and each rounding counts for more.
+NORM_CHANNELS = 8
 
 
 def kernels(name: str) -> dict[str, Kernel]:
     """Return the compiled kernels, by backend, of an operator whose first argument is a video."""
-    return {"cpu": compiled("cpu", name, _cpu_supports), "cuda": compiled("cuda", name, _cuda_supports)}
+    on_cpu = _cpu_supports_norm if name.startswith("norm") else _cpu_supports
+    return {"cpu": compiled("cpu", name, on_cpu), "cuda": compiled("cuda", name, _cuda_supports)}
 
 
 def _cpu_supports(x: Tensor, *_: Any) -> str | None:
     return "float64 is the reference's" if x.dtype == torch.float64 else None
+
+
+def _cpu_supports_norm(x: Tensor, *args: Any) -> str | None:
+    if x.shape[1] < NORM_CHANNELS:
+        return f"a norm over fewer than {NORM_CHANNELS} channels is the reference's"
+    return _cpu_supports(x, *args)
 
 
 def _cuda_supports(x: Tensor, *args: Any) -> str | None:

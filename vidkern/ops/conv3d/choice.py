@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,4 +57,5 @@ def _table() -> dict[str, list[dict[str, Any]]]:
 
 @functools.cache
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
+    """Return the name that results are filed under, e.g. "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
