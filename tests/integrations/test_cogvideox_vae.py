@@ -1,5 +1,7 @@
 """The patched AutoencoderKLCogVideoX against the unpatched one: decode and encode, whole and tiled."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
@@ -24,6 +26,11 @@ def pair():
     """The unpatched and the patched model."""
     model = cogvideox()
     return model, patched(model)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
 
 
 def video(frames, batch=1, height=32, width=48):
@@ -72,30 +79,28 @@ def test_other_chunks(pair, monkeypatch, size):
 
 @torch.no_grad()
 def test_float64(pair):
-    theirs, ours = (model.double() for model in pair)
+    theirs, ours = (copy.deepcopy(model).double() for model in pair)
     x, z = video(9).double(), latents(3).double()
     assert relative(encoded(ours, x), encoded(theirs, x)) < 1e-12
     assert relative(decoded(ours, z), decoded(theirs, z)) < 1e-12
-    for model in pair:
-        model.float()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
 def test_sixteen_bits_are_no_further_from_float64(pair, dtype, autocast):
-    theirs, ours = pair
-    z, x = latents(2), video(9)
-    exact = decoded(theirs.double(), z.double()), encoded(theirs, x.double())
+    inputs = {decoded: latents(2), encoded: video(9)}
+    exact = {run: run(copy.deepcopy(pair[0]).double(), value.double()) for run, value in inputs.items()}
     errors = []
-    for model in (theirs, ours):
-        model.float() if autocast else model.to(dtype)
-        with torch.autocast("cpu", dtype, enabled=autocast):
-            values = [run(model, value if autocast else value.to(dtype)) for run, value in ((decoded, z), (encoded, x))]
-        assert [value.dtype for value in values] == [dtype, dtype]
-        errors.append([float((got - e).abs().mean()) for got, e in zip(values, exact, strict=True)])
-        model.float()
-    assert all(ours <= 1.1 * theirs for theirs, ours in zip(*errors, strict=True)), errors
+    for model in pair:
+        model = copy.deepcopy(model) if autocast else copy.deepcopy(model).to(dtype)
+        for run, value in inputs.items():
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                got = run(model, value if autocast else value.to(dtype))
+            assert got.dtype == dtype
+            errors.append(float((got.double() - exact[run]).abs().mean()))
+    theirs, ours = errors[:2], errors[2:]
+    assert all(mine <= 1.25 * yours for mine, yours in zip(ours, theirs, strict=True)), errors
 
 
 @torch.no_grad()
@@ -183,4 +188,4 @@ def test_decoding_needs_less_memory(pair, tiled):
     z = latents(6, height=8, width=8)
     with tiling(pair, tile_sample_min_height=32 if tiled else 64, tile_sample_min_width=64):
         theirs, ours = (peak_bytes(lambda model=model: decoded(model, z)) for model in pair)
-    assert ours < 0.8 * theirs
+    assert ours < 0.7 * theirs

@@ -142,20 +142,23 @@ def _spatial_norm(
     self: Any, f: Tensor, zq: Tensor, conv_cache: Caches | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     scale, shift = (F.conv3d(zq, conv.weight, conv.bias) for conv in (self.conv_y.conv, self.conv_b.conv))
-    normed = self.norm_layer(f)
-    if f.shape[2] > 1 and f.shape[2] % 2 == 1:  # the first frame has a latent frame of its own
-        first = _modulate(normed[:, :, :1], scale[:, :, :1], shift[:, :, :1])
-        rest = _modulate(normed[:, :, 1:], scale[:, :, 1:], shift[:, :, 1:])
-        return torch.cat((first, rest), 2), {}
-    return _modulate(normed, scale, shift), {}
+    y = channels_last(self.norm_layer(f))
+    # the first of an odd number of frames has a latent frame of its own
+    parts = [slice(0, 1), slice(1, None)] if f.shape[2] > 1 and f.shape[2] % 2 else [slice(None)]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.cat([_modulate(y[:, :, part], scale[:, :, part], shift[:, :, part]) for part in parts], 2), {}
+    for part in parts:
+        _modulate(y[:, :, part], scale[:, :, part], shift[:, :, part], in_place=True)
+    return y, {}
 
 
-def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _modulate(x: Tensor, scale: Tensor, shift: Tensor, in_place: bool = False) -> Tensor:
     """Return x * scale + shift, where each position of the small scale and shift serves a box of x's positions."""
     frames, height, width = scale.shape[2:]
     boxes = x.unflatten(4, (width, -1)).unflatten(3, (height, -1)).unflatten(2, (frames, -1))
     scale, shift = (small[:, :, :, None, :, None, :, None] for small in (scale, shift))
-    return torch.addcmul(shift, boxes, scale).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    y = torch.addcmul(shift, boxes, scale, out=boxes if in_place else None)
+    return y.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def _block(
@@ -200,9 +203,10 @@ def _upsample(self: Any, inputs: Tensor) -> Tensor:
     x = upsample_convolve(inputs, self.conv)
     if not self.compress_time or x.shape[2] == 1:
         return x
-    single = x.shape[2] % 2  # the first of an odd number of frames stays one
-    doubled = [x[:, :, t : t + 1] for t in range(single, x.shape[2]) for _ in range(2)]
-    return torch.cat([x[:, :, :single], *doubled], 2)
+    frames = x.permute(0, 2, 3, 4, 1).split(1, 1)
+    single = len(frames) % 2  # the first of an odd number of frames stays one
+    doubled = [frame for frame in frames[single:] for _ in range(2)]
+    return torch.cat([*frames[:single], *doubled], 1).permute(0, 4, 1, 2, 3)
 
 
 def _downsample(self: Any, x: Tensor) -> Tensor:
