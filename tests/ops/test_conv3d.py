@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import vidkern
 from tests.ops.common import assert_compiles_once, assert_value_and_grads
 from vidkern import ops
 
@@ -15,6 +16,7 @@ KERNELS = [(3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1), (2, 2, 2)]
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: "x".join(map(str, kernel)))
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 every_time_pad = pytest.mark.parametrize("time_pad", ["zeros", "first_frame"])
+definition_and_choice = pytest.mark.parametrize("backend", ["reference", None])
 every_space_pad = pytest.mark.parametrize("space_pad", ["zeros", "replicate", "reflect"])
 
 
@@ -122,25 +124,27 @@ def test_cache_and_residual_meet_the_contract(dtype):
     )
 
 
+@definition_and_choice
 @every_kernel
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
     ("stride", "dilation"), [((1, 1, 1), (1, 1, 1)), ((2, 1, 2), (1, 2, 3)), ((1, 2, 1), (2, 2, 3))]
 )
-def test_float32_is_as_near_as_the_nearest_library_call(kernel, batch, stride, dilation):
+def test_float32_is_as_near_as_the_nearest_library_call(kernel, batch, stride, dilation, backend):
     """Libraries sum in other orders for another layout, batch, stride or dilation; some are several times nearer."""
     torch.manual_seed(0)
     inputs = [video(batch, 64, 3, 8, 9), torch.randn(16, 64, *kernel).double()]
     options = {"stride": stride, "dilation": dilation, "space_pad": "replicate"}
     upstream = [torch.randn_like(plain_conv(*inputs, **options))]
     for layout in (torch.channels_last_3d, torch.contiguous_format):
-        assert_value_and_grads(
-            lambda *args: ops.causal_conv3d(*args, **options),
-            lambda *args, layout=layout: plain_conv(*args, **options, layout=layout),
-            inputs,
-            upstream,
-            torch.float32,
-        )
+        with vidkern.backend(backend):
+            assert_value_and_grads(
+                lambda *args: ops.causal_conv3d(*args, **options),
+                lambda *args, layout=layout: plain_conv(*args, **options, layout=layout),
+                inputs,
+                upstream,
+                torch.float32,
+            )
 
 
 def test_a_frame_does_not_see_later_ones():
@@ -187,14 +191,16 @@ def test_a_stream_gives_the_whole_clips_bits_for_any_split(kernel, stride, dilat
         assert torch.equal(cache[:, :, max(0, kept - 9) :], x[:, :, 9 - min(kept, 9) :])
 
 
+@definition_and_choice
 @every_dtype
 @every_kernel
-def test_a_stream_gives_the_same_bits_in_every_dtype_and_layout(dtype, kernel):
+def test_a_stream_gives_the_same_bits_in_every_dtype_and_layout(dtype, kernel, backend):
     torch.manual_seed(0)
     x, weight = torch.randn(1, 8, 6, 5, 6).to(dtype), torch.randn(4, 8, *kernel).to(dtype)
-    whole = ops.causal_conv3d(x, weight)
-    assert torch.equal(stream(x, (1, 2, 3), weight)[0], whole)
-    assert torch.equal(ops.causal_conv3d(x.contiguous(memory_format=torch.channels_last_3d), weight), whole)
+    with vidkern.backend(backend):
+        whole = ops.causal_conv3d(x, weight)
+        assert torch.equal(stream(x, (1, 2, 3), weight)[0], whole)
+        assert torch.equal(ops.causal_conv3d(x.contiguous(memory_format=torch.channels_last_3d), weight), whole)
 
 
 def test_gradients_flow_through_the_cache():
