@@ -154,11 +154,13 @@ std::tuple<Tensor, Tensor> add_noise(
     for (int64_t f = 0; f < stretches.frames.f; ++f) {
       const Level level{alphas.at(stretch.b, f), sigmas.at(stretch.b, f)};
       const float *n = frames.frame(f), *x = read(from, stretch, f, x_row);
-      diffuse(level, x, n, row.values, stretch.count);
-      write(to, stretch, f, row.values);
+      float* out = place(to, stretch, f, row);
+      diffuse(level, x, n, out, stretch.count);
+      write(to, stretch, f, out);
       if (kind == Target::none) continue;
-      target_row(kind, level, x, n, row.values, stretch.count);
-      write(target_to, stretch, f, row.values);
+      out = place(target_to, stretch, f, row);
+      target_row(kind, level, x, n, out, stretch.count);
+      write(target_to, stretch, f, out);
     }
   });
   return {x_t, regressed};

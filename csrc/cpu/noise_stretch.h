@@ -61,13 +61,16 @@ class StretchNoise {
   const Source& noise_;
   Stretch stretch_;
   philox::Key key_;
-  Row base_ = {}, own_ = {};
+  Row base_, own_;
 };
 
 // Returns the stretch of frame f as floats: in `row`, or where it lies.
 const float* read(const Clip& clip, const Stretch& stretch, int64_t f, Row& row);
 
-// Rounds a row into the stretch of frame f of a contiguous clip.
+// Where the stretch of frame f of a contiguous clip can be computed: where it lies if it is floats, else in `row`.
+float* place(const Clip& clip, const Stretch& stretch, int64_t f, Row& row);
+
+// Rounds a row, or what is in its place already, into the stretch of frame f of a contiguous clip.
 void write(const Clip& clip, const Stretch& stretch, int64_t f, const float* row);
 
 // Puts the stretch of frame f into that of a contiguous clip of its dtype, bit for bit.

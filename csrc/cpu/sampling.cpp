@@ -111,14 +111,15 @@ Tensor run(const Tensor& x_t, const Tensor& model_out, const sampling::Step& ste
         guide(step.guidance, m, read(model.uncond, stretch, f, row), m_row.values, stretch.count);
         m = m_row.values;
       }
-      move(method, step, s, x, m, row.values, stretch.count);
+      float* out = place(to, stretch, f, row);
+      move(method, step, s, x, m, out, stretch.count);
       if (meets_noise && learned) {
         const float* v = read(model.variance, stretch, f, m_row);
-        add_learned(s, v, n, m_row.values, row.values, stretch.count);
+        add_learned(s, v, n, m_row.values, out, stretch.count);
       } else if (meets_noise) {
-        add_scaled(s.std, n, row.values, stretch.count);
+        add_scaled(s.std, n, out, stretch.count);
       }
-      write(to, stretch, f, row.values);
+      write(to, stretch, f, out);
     }
   });
   return x_prev;
