@@ -56,14 +56,14 @@ class Dispatched(TorchDispatchMode):
 
     def _ours(self, name: str, args: tuple[Any, ...]) -> Any:
         """Run one of our operators as CUDA would be asked for it."""
-        kernel = operators[name].kernels.get("cuda")
-        if kernel is None or kernel.supports(*args):
-            with self:
-                return operators[name].kernels["reference"].run(*args)
+        kernels = operators[name].kernels
         run, launches = _emulated(name)
-        if run is None:  # a library's kernel
+        if run is None and "cuda" in kernels:  # a library's kernel
             self.count += 1
             return operators[name](*args)
+        if run is None or kernels["cuda"].supports(*args):
+            with self:
+                return kernels["reference"].run(*args)
         before = launches()
         out = run(*args)
         self.count += launches() - before

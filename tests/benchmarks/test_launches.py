@@ -13,6 +13,7 @@ from vidkern import ops
 CPU = torch.device("cpu")
 X = torch.randn(2, 3, 4, 5, 6, device=CPU)
 LEVEL = torch.rand(2, 3, device=CPU)
+QKV = torch.randn(1, 1, 4, 3, 1, 32, device=CPU)
 KEY = torch.tensor([1, 2], device=CPU)
 
 OPERATORS = {
@@ -28,6 +29,7 @@ OPERATORS = {
         lambda: ops.diffusion_mse(*[X.repeat(1, 1, 8, 2, 2)] * 2, LEVEL, LEVEL, KEY),
         2 + 1,  # the repeat
     ),
+    "a library's attention": (lambda: ops.spatial_attention(QKV), 1),
     "the definition's operators": (lambda: ops.philox_normal((1, 1, 4), KEY, dtype=torch.float64), None),
 }
 
