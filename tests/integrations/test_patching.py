@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 import vidkern
-from tests.integrations.vae_cases import WAN21, patched, relative, wan
+from tests.integrations.vae_cases import WAN21, fill, patched, relative, wan
 from vidkern.integrations import apply_vidkern_to_wan_vae, patching
 
 
@@ -149,6 +149,7 @@ def test_a_pickle_holds_an_unpatched_model():
     model = wan()
     theirs = decoded(model)
     vidkern.patch(model)
+    decoded(model)
     loaded = pickle.loads(pickle.dumps(model))
     assert torch.equal(decoded(loaded), theirs)
     assert vidkern.patch(loaded)
@@ -174,6 +175,20 @@ def test_another_dtype_after_patching():
     with torch.no_grad():  # decoding goes through float32 in diffusers' upsampling
         parameters = [model.encode(x).latent_dist.parameters for model in (ours, theirs)]
     assert relative(*parameters) < 1e-12
+
+
+@torch.no_grad()
+def test_weights_that_change_after_patching_are_seen():
+    theirs, ours = wan(), patched(wan())
+    decoded(ours)  # prepares weights
+    for model in (theirs, ours):
+        for parameter in model.decoder.parameters():
+            parameter.mul_(1.1)
+    assert relative(decoded(ours), decoded(theirs)) < 1e-4
+    other = fill(wan(), seed=1)
+    for model in (theirs, ours):
+        model.load_state_dict(other.state_dict(), assign=True)
+    assert relative(decoded(ours), decoded(theirs)) < 1e-4
 
 
 def test_an_offload_hook_goes_on_calling_what_it_wraps():
