@@ -110,15 +110,16 @@ def variants_of(problem: Problem, device: torch.device, compiled: bool = True) -
 
 
 def measure(
-    problem: Problem, device: torch.device, *, overhead: bool = False, rounds: int = ROUNDS
+    problem: Problem, device: torch.device, *, overhead: bool = False, compiled: bool = True, rounds: int = ROUNDS
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Check and time a problem's variants; return the result as it goes into the run's JSON, and every sample.
 
     With ``overhead``, what is timed is what a call costs the host, over runs of calls, beside eager PyTorch alone.
+    ``compiled=False`` leaves torch.compile out, of calls that it would take many minutes for.
     """
     torch._dynamo.reset()
     sets = make_buffers(problem, device)
-    variants = variants_of(problem, device, compiled=not overhead)
+    variants = variants_of(problem, device, compiled=compiled and not overhead)
     checked = check(problem, variants, sets[0])
     timed = {
         name: Timed([_call(problem, variant.function, buffers) for buffers in sets], variant.backend)

@@ -14,8 +14,6 @@ from benchmarks.environment import default_device
 from benchmarks.harness import AUTOMATIC, Problem
 from benchmarks.sample_clock import sample_clock
 
-pytest.importorskip("diffusers")
-
 pytestmark = pytest.mark.benchmark(group="integrations", timer=sample_clock)
 
 ON_GPU = default_device().type == "cuda"
@@ -23,6 +21,7 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 #: Of the patched model's output, over the largest of the unpatched one's; both round in DTYPE.
 TOLERANCE = 5e-2 if ON_GPU else 1e-4
 ROUNDS = 30
+DECODES = 10  # of a whole clip, seconds each
 
 
 @dataclass(frozen=True)
@@ -168,6 +167,16 @@ def output_and_gradient_of(model: nn.Module) -> Callable[..., tuple[Tensor, Tens
     return step
 
 
+def small_problems() -> list[Problem]:
+    """Return none: the operators that patched models call have small cases in suites of their own."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def _diffusers() -> None:
+    pytest.importorskip("diffusers")
+
+
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("make_model", [latte, wan, cogvideox])
 def test_transformers(make_model: Callable[[], Model], gradient: bool, measured: Any, device: torch.device) -> None:
@@ -192,4 +201,94 @@ def test_transformers(make_model: Callable[[], Model], gradient: bool, measured:
             tolerance=TOLERANCE,
         ),
         rounds=ROUNDS,
+    )
+
+
+def wan_vae() -> Model:
+    """Wan 2.1's decoder at 81 x 480 x 832; on a CPU a third as wide, 9 small frames."""
+    from diffusers import AutoencoderKLWan
+
+    shape = (1, 16, 21, 60, 104) if ON_GPU else (1, 16, 3, 8, 12)
+    return Model(
+        "AutoencoderKLWan.decode",
+        f"Wan 2.1, {pixels(shape, 8)}",
+        lambda: AutoencoderKLWan(base_dim=96 if ON_GPU else 32),
+        lambda device: [randn(*shape, device=device)],
+    )
+
+
+def wan22_vae() -> Model:
+    """Wan 2.2's decoder at 81 x 704 x 1280; on a CPU an eighth as wide, 9 small frames."""
+    from diffusers import AutoencoderKLWan
+
+    width, channels = (256, 48) if ON_GPU else (32, 16)
+    shape = (1, channels, 21, 44, 80) if ON_GPU else (1, channels, 3, 6, 8)
+    return Model(
+        "AutoencoderKLWan.decode",
+        f"Wan 2.2, {pixels(shape, 16)}",
+        lambda: AutoencoderKLWan(
+            base_dim=160 if ON_GPU else 16,
+            decoder_base_dim=width,
+            z_dim=channels,
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            scale_factor_spatial=16,
+        ),
+        lambda device: [randn(*shape, device=device)],
+    )
+
+
+def cogvideox_vae() -> Model:
+    """CogVideoX's decoder at 49 x 480 x 720; on a CPU a quarter as wide, 9 small frames."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    widths = (128, 256, 256, 512) if ON_GPU else (32, 64, 64, 128)
+    shape = (1, 16, 13, 60, 90) if ON_GPU else (1, 16, 3, 8, 12)
+    return Model(
+        "AutoencoderKLCogVideoX.decode",
+        f"CogVideoX, {pixels(shape, 8)}",
+        lambda: AutoencoderKLCogVideoX(block_out_channels=widths),
+        lambda device: [randn(*shape, device=device)],
+    )
+
+
+def pixels(latents: tuple[int, ...], ratio: int) -> str:
+    """Return the size of the clip that is decoded from latents (B, C, F, H, W)."""
+    _, _, frames, height, width = latents
+    return f"{4 * frames - 3} x {height * ratio} x {width * ratio}"
+
+
+def clip_of(model: Any) -> Callable[[Tensor], Tensor]:
+    @torch.no_grad()
+    def decode(z: Tensor) -> Tensor:
+        return model.decode(z, return_dict=False)[0]
+
+    return decode
+
+
+@pytest.mark.parametrize("make_model", [wan_vae, wan22_vae, cogvideox_vae])
+def test_decoders(make_model: Callable[[], Model], measured: Any, device: torch.device) -> None:
+    model = make_model()
+    torch.manual_seed(0)
+    theirs = in_dtype(model.build(), device)
+    ours = copy.deepcopy(theirs)
+    vidkern.patch(ours)
+    measured(
+        Problem(
+            family="integrations",
+            operator=model.name,
+            shape_name=model.what,
+            shape=tuple(model.make_inputs(device)[0].shape),
+            dtype=DTYPE,
+            backward=False,
+            ours=clip_of(ours),
+            plain=clip_of(theirs),
+            make_inputs=model.make_inputs,
+            backends=(AUTOMATIC,),
+            tolerance=TOLERANCE,
+        ),
+        compiled=False,
+        rounds=DECODES,
     )
