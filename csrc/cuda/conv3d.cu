@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads) pad_kernel(const PadForward a, int l
 struct Moments {
   float mean, squares, count;  // squares of the differences from the mean
 
-  __device__ void join(const Moments& other) {
+  __device__ void join(Moments other) {
     const float total = count + other.count;
     if (other.count == 0.0f) return;
     const float away = other.mean - mean, share = other.count / total;
@@ -200,16 +200,16 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(const MomentArgs a) {
   if (b >= p.b) return;
   const int64_t positions = p.frames() * p.h.size * p.w.size, first = run * kRunLength;
   const int64_t last = first + kRunLength < positions ? first + kRunLength : positions;
+  int64_t w = first % p.w.size, h = first / p.w.size % p.h.size, f = first / p.w.size / p.h.size;
   float mean[kPack] = {}, squares[kPack] = {};
 #pragma unroll 1
   for (int64_t n = first; n < last; n += kTile) {
     Pack<T> tile[kTile];
 #pragma unroll
     for (int k = 0; k < kTile; ++k) {
-      const int64_t position = n + k, row = position / p.w.size;
-      if (position < last)
-        tile[k] = load_at(at<T>(a.forward.x, b, row / p.h.size, row % p.h.size, position % p.w.size) + column,
-                          a.forward.x.aligned);
+      if (n + k < last) tile[k] = load_at(at<T>(a.forward.x, b, f, h, w) + column, a.forward.x.aligned);
+      if (++w == p.w.size) w = 0, ++h;
+      if (h == p.h.size) h = 0, ++f;
     }
     const int64_t left = last - n;
     const float count = static_cast<float>(left < kTile ? left : kTile), before = static_cast<float>(n - first);
@@ -249,9 +249,11 @@ __global__ void __launch_bounds__(kThreads) join_moments_kernel(const MomentArgs
   for (int width = 1; width < kWarp; width *= 2) {
     const Moments other{__shfl_xor_sync(0xffffffffu, all.mean, width), __shfl_xor_sync(0xffffffffu, all.squares, width),
                         __shfl_xor_sync(0xffffffffu, all.count, width)};
-    Moments low = threadIdx.x & width ? other : all;  // one order for both lanes
-    low.join(threadIdx.x & width ? all : other);
-    all = low;
+    const bool upper = threadIdx.x & width;  // one order for both lanes
+    const auto pick = [&](float low, float high) { return upper ? high : low; };
+    const Moments second{pick(other.mean, all.mean), pick(other.squares, all.squares), pick(other.count, all.count)};
+    all = {pick(all.mean, other.mean), pick(all.squares, other.squares), pick(all.count, other.count)};
+    all.join(second);
   }
   const int warp = threadIdx.x / kWarp;
   if (threadIdx.x % kWarp == 0) {
