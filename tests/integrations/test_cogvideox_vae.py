@@ -15,7 +15,7 @@ from tests.integrations.vae_cases import (
     relative,
     tiling,
 )
-from vidkern.integrations import apply_vidkern_to_cogvideox_vae
+from vidkern.integrations import apply_vidkern_to_cogvideox_vae, streams
 
 EQUAL = 2e-5  # relative, in float32
 SWITCHES = ("conv", "norm", "resample", "assembly")
@@ -149,6 +149,18 @@ def test_gradients(pair):
         return encoded(model, x).square().mean() + decoded(model, z).square().mean()
 
     assert_same_gradients(*pair, loss, video(9), latents(3), EQUAL)
+
+
+def test_what_is_padded_for_cudnn(pair, monkeypatch):
+    monkeypatch.setattr(streams, "_by_cudnn", lambda *_: True)
+
+    def loss(model, x, z):
+        return encoded(model, x).square().mean() + decoded(model, z).square().mean()
+
+    x, z = video(9), latents(3)
+    with torch.no_grad():
+        assert relative(decoded(pair[1], z), decoded(pair[0], z)) < EQUAL
+    assert_same_gradients(*pair, loss, x, z, EQUAL)
 
 
 def test_gradients_through_checkpoints_and_tiles():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.integrations.vae_cases import WAN21, WAN22, assert_same_gradients, patched, peak_bytes, relative, tiling, wan
+from vidkern.integrations import streams
 
 CONFIGS = {"2.1": WAN21, "2.2": WAN22}
 EQUAL = 2e-5  # relative, in float32
@@ -147,6 +148,18 @@ def test_gradients(pair):
         return encoded(model, x).square().mean() + decoded(model, z).square().mean()
 
     assert_same_gradients(theirs, ours, loss, x, z, EQUAL)
+
+
+def test_what_is_padded_for_cudnn(pair, monkeypatch):
+    monkeypatch.setattr(streams, "_by_cudnn", lambda *_: True)
+
+    def loss(model, x, z):
+        return encoded(model, x).square().mean() + decoded(model, z).square().mean()
+
+    x, z = video(pair[0], 5), latents(2)
+    with torch.no_grad():
+        assert relative(decoded(pair[1], z), decoded(pair[0], z)) < EQUAL
+    assert_same_gradients(*pair, loss, x, z, EQUAL)
 
 
 def test_gradients_through_tiles(pair):
