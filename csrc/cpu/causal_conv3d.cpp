@@ -50,17 +50,20 @@ VIDKERN_INLINE void for_each_block(int64_t cout, F f) {
 // A few input channels at a time: they are read in order, turned in the cache, and written in stretches.
 std::unique_ptr<float[]> pack(const Tensor& weight, const Triple& kernel) {
   const int64_t cout = weight.size(0), cin = weight.size(1), taps = kernel.product();
+  const int64_t stride_o = weight.stride(0), stride_c = weight.stride(1);
   const float* from = weight.const_data_ptr<float>();
+  std::vector<int64_t> tap_offsets;
+  for (int64_t i = 0; i < kernel.t; ++i)
+    for (int64_t j = 0; j < kernel.h; ++j)
+      for (int64_t k = 0; k < kernel.w; ++k)
+        tap_offsets.push_back(i * weight.stride(2) + j * weight.stride(3) + k * weight.stride(4));
   auto packed = std::make_unique_for_overwrite<float[]>((cout + kLanes) * cin * taps);
   const auto turn = [&](int64_t first, int64_t columns, int64_t channel, int64_t count, float* turned) {
     for (int64_t o = 0; o < std::min(columns, cout - first); ++o)
       for (int64_t c = 0; c < count; ++c) {
-        const float* source = from + (first + o) * weight.stride(0) + (channel + c) * weight.stride(1);
+        const float* source = from + (first + o) * stride_o + (channel + c) * stride_c;
         float* to = turned + c * columns + o;
-        for (int64_t i = 0; i < kernel.t; ++i)
-          for (int64_t j = 0; j < kernel.h; ++j)
-            for (int64_t k = 0; k < kernel.w; ++k, to += kTurned * columns)
-              *to = source[i * weight.stride(2) + j * weight.stride(3) + k * weight.stride(4)];
+        for (int64_t tap = 0; tap < taps; ++tap) to[tap * kTurned * columns] = source[tap_offsets[tap]];
       }
   };
   torch::stable::parallel_for(0, (cin + kTurned - 1) / kTurned, 1, [&](int64_t begin, int64_t end) {
