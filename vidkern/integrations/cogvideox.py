@@ -82,9 +82,10 @@ def block_forward(
     """Run a CogVideoXBlock: video (B, L, D) and text (B, T, D), each one frame of tokens to the operators."""
     shift, scale, gate, text_shift, text_scale, text_gate = _vectors(self.norm1, temb)
     video, text = hidden_states.unsqueeze(1), encoder_hidden_states.unsqueeze(1)
+    norm = self.norm1.norm
     y, text_y = self.attn1(
-        hidden_states=tokens.modulate(video, self.norm1.norm, shift, scale).squeeze(1),
-        encoder_hidden_states=tokens.modulate(text, self.norm1.norm, text_shift, text_scale).squeeze(1),
+        hidden_states=tokens.modulate(video, norm, shift, scale).squeeze(1),
+        encoder_hidden_states=tokens.modulate(text, norm, text_shift, text_scale).squeeze(1),
         image_rotary_emb=image_rotary_emb,
         **(attention_kwargs or {}),
     )
@@ -92,8 +93,9 @@ def block_forward(
     norm = self.norm2.norm
     video, h = tokens.gate_residual_modulate(video, y.unsqueeze(1), gate, norm, shift, scale)
     text, text_h = tokens.gate_residual_modulate(text, text_y.unsqueeze(1), text_gate, norm, text_shift, text_scale)
-    y = self.ff(torch.cat([text_h, h], dim=2))
-    text_y, y = y.split([text.shape[2], video.shape[2]], dim=2)
+    h = torch.cat([text_h, h], dim=2)
+    del y, text_y, text_h  # not to be held through the feed-forward, the block's peak
+    text_y, y = self.ff(h).split([text.shape[2], video.shape[2]], dim=2)
     video = tokens.gate_residual(video, y, next_gate)
     text = tokens.gate_residual(text, text_y, next_text_gate)
     return video.squeeze(1), text.squeeze(1)

@@ -166,11 +166,11 @@ def _block_forward(fused: bool, attend: Attend) -> Callable[..., Tensor]:
         vectors = self.scale_shift_table + timestep.unflatten(-1, (6, -1))  # (B, 6, D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = vectors.chunk(6, dim=1)  # (B, 1, D) each
         x = hidden_states
-        y = attend(self.attn1, modulation.modulate(x, self.norm1, shift_a, scale_a))
+        h = modulation.modulate(x, self.norm1, shift_a, scale_a)
         if self.attn2 is None:
-            x, h = modulation.gate_residual_modulate(x, y, gate_a, self.norm2, shift_m, scale_m)
+            x, h = modulation.gate_residual_modulate(x, attend(self.attn1, h), gate_a, self.norm2, shift_m, scale_m)
         else:
-            x = modulation.gate_residual(x, y, gate_a)
+            x = modulation.gate_residual(x, attend(self.attn1, h), gate_a)
             x = x + _attend_to_text(self.attn2, x, encoder_hidden_states, encoder_attention_mask)
             h = modulation.modulate(x, self.norm2, shift_m, scale_m)
         return modulation.gate_residual(x, self.ff(h), gate_m)

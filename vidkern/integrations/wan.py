@@ -181,8 +181,7 @@ def modulated_block(
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = vectors.unbind(2)  # (B, G, D) each
     x = in_groups(x, gate_a)
     h = tokens.modulate(x, block.norm1, shift_a, scale_a).flatten(1, 2)
-    y = in_groups(block.attn1(h, None, mask, rotary_emb), gate_a)
-    x, h = tokens.gate_residual_norm(x, y, gate_a, block.norm2)
+    x, h = tokens.gate_residual_norm(x, in_groups(block.attn1(h, None, mask, rotary_emb), gate_a), gate_a, block.norm2)
     x = x + in_groups(block.attn2(h.flatten(1, 2), text, None, None), gate_a)
     h = tokens.modulate(x, block.norm3, shift_m, scale_m).flatten(1, 2)
     return tokens.gate_residual(x, in_groups(block.ffn(h), gate_m), gate_m).flatten(1, 2)
