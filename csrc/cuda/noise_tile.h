@@ -28,7 +28,7 @@ struct Work {
 };
 
 // Frames share the base's numbers best in one block; 1000 blocks are two to three rounds of those that an A100 holds.
-Work work_of(const Frames& frames, Sharing sharing) {
+inline Work work_of(const Frames& frames, Sharing sharing) {
   constexpr int64_t kBlocks = 1000;
   const int64_t all = std::max<int64_t>(frames.f, 1);
   if (sharing == Sharing::progressive) return {frames, all};
