@@ -1,4 +1,4 @@
-"""The causal convolution on the CPU: float32 by our own kernel, 16 bits by oneDNN, gradients by oneDNN.
+"""The causal convolution on the CPU: float32 by our own kernel, 16 bits and their gradients by oneDNN.
 
 oneDNN sums float32 in an order that depends on the shape: the bits of a stream, and the accuracy, would depend on how
 many frames come at once. In 16 bits it has instructions that our kernel has not; a frame is one conv2d of its window.
