@@ -39,6 +39,12 @@ class Schedule:
     posterior_mean_coef: Tensor | None = None
     posterior_log_variance: Tensor | None = None
     log_beta: Tensor | None = None
+    _levels: Tensor = dataclasses.field(init=False, repr=False)  # (2, T + 1): alpha and sigma, the clean end last
+
+    def __post_init__(self) -> None:
+        """Lay alpha and sigma side by side, so that one gather reads both."""
+        clean = self.alpha.new_tensor([[1.0], [0.0]])
+        object.__setattr__(self, "_levels", torch.cat([torch.stack([self.alpha, self.sigma]), clean], 1))
 
     @property
     def device(self) -> torch.device:
@@ -52,8 +58,8 @@ class Schedule:
 
     def to(self, device: torch.device | str) -> "Schedule":
         """Return the same schedule with its tables on ``device``."""
-        fields: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Schedule(**fields)
+        fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return Schedule(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields.items()})
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Gather (alpha, sigma), float32 of t's shape, without a host synchronisation.
@@ -61,8 +67,8 @@ class Schedule:
         Args:
             t: int64 indices of any shape on the schedule's device; -1 is the clean end (alpha 1, sigma 0).
         """
-        clean, index = t < 0, t.clamp(min=0)
-        return self.alpha[index].masked_fill(clean, 1.0), self.sigma[index].masked_fill(clean, 0.0)
+        alpha, sigma = self._levels[:, t]
+        return alpha, sigma
 
 
 def make_schedule(
