@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kTurned = 16;               // input channels whose weights are turned at a time
 constexpr int64_t kChannels = 128;           // of a block: as many products are added one after another
+constexpr int64_t kChannelsOfOneTap = 16;    // where a sum has no other pieces
 constexpr int64_t kVecs = 3, kTileRows = 12;  // accumulators of a tile: kTileRows / vecs positions x vecs vectors
 constexpr int64_t kPositions = 12;           // every tile's positions divide them
 constexpr int64_t kRunLength = 120;          // positions of a frame that share a panel of the weight in the first cache
@@ -133,11 +134,12 @@ void find_inputs(const Convolution& a, const Run& run, const float* zeros, std::
 template <int vecs>
 VIDKERN_INLINE void add_products(const Convolution& a, const std::vector<const float*>& inputs, int64_t width,
                                  const float* panels, float* sums) {
-  const int64_t cin = a.padding.c, columns = vecs * kLanes;
+  const int64_t cin = a.padding.c, columns = vecs * kLanes, taps = a.kernel.product();
+  const int64_t block = taps == 1 ? kChannelsOfOneTap : kChannels;
   std::fill_n(sums, width * columns, 0.0f);
-  for (int64_t tap = 0; tap < a.kernel.product(); ++tap)
-    for (int64_t channel = 0; channel < cin; channel += kChannels) {
-      const int64_t count = std::min(kChannels, cin - channel);
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t channel = 0; channel < cin; channel += block) {
+      const int64_t count = std::min(block, cin - channel);
       const float* panel = panels + (tap * cin + channel) * columns;
       for (int64_t w = 0; w < width; w += kTileRows / vecs)
         add_tile<vecs>(inputs.data() + tap * width + w, channel, panel, count, sums + w * columns);

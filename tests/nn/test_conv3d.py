@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vidkern.nn import CausalConv3d
+from vidkern.nn import CausalConv3d, conv3d
 
 
 def video(frames: int = 5) -> torch.Tensor:
@@ -60,3 +60,30 @@ def test_state_has_the_names_of_a_convolution():
         "weight": (8, 4, 3, 1, 1),
         "bias": (8,),
     }
+
+
+def test_the_weight_is_prepared_once_until_it_changes(monkeypatch):
+    laid_out = []
+
+    def on_a_gpu(weight: torch.Tensor) -> torch.Tensor:
+        laid_out.append(1)
+        return weight.contiguous(memory_format=torch.channels_last_3d)
+
+    monkeypatch.setattr(conv3d, "channels_inside", on_a_gpu)
+    conv, x = CausalConv3d(4, 8, 3), video()
+    wanted = conv(x)
+    laid_out.clear()
+    with torch.no_grad():
+        assert torch.equal(conv(x), wanted)
+        assert torch.equal(conv.stream(x, None)[0], wanted)
+        assert len(laid_out) == 1
+        conv.weight.mul_(2)
+        torch.testing.assert_close(
+            conv(x) - conv.bias[:, None, None, None], 2 * (wanted - conv.bias[:, None, None, None])
+        )
+        assert len(laid_out) == 2
+        conv.load_state_dict({name: torch.zeros_like(value) for name, value in conv.state_dict().items()}, assign=True)
+        assert not conv(x).any()
+    conv(x).sum().backward()
+    assert conv.weight.grad.count_nonzero() == conv.weight.numel()
+    assert set(conv.state_dict()) == {"weight", "bias"}

@@ -58,8 +58,9 @@ class Schedule:
 
     def to(self, device: torch.device | str) -> "Schedule":
         """Return the same schedule with its tables on ``device``."""
-        fields: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        return Schedule(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields.items()})
+        tables: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        moved: dict[str, Any] = {name: t.to(device) for name, t in tables.items() if isinstance(t, Tensor)}
+        return dataclasses.replace(self, **moved)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Gather (alpha, sigma), float32 of t's shape, without a host synchronisation.

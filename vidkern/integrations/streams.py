@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from vidkern import ops
 from vidkern.integrations import patching
+from vidkern.nn.prepared import channels_inside, prepared
 from vidkern.ops.conv3d import choice, cuda_library
 
 CHANNELS_LAST = torch.channels_last_3d
-_FOLDED = f"{patching.STATE_PREFIX}folded"
 #: Decodes or encodes the tile that begins at (top, left): a new tensor (B, C, F, h, w).
 Tile = Callable[[int, int], Tensor]
 
@@ -37,19 +37,22 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
-def autocast_parameters(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (x, weight, bias) for a convolution, in autocast's dtype where autocast is on."""
+def parameters(
+    x: Tensor, conv: nn.Conv2d | nn.Conv3d, prepare: Callable[[Tensor], Tensor] = channels_inside
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (x, prepared weight, bias) for a convolution, in autocast's dtype where autocast is on."""
     dtype = autocast_dtype(x)
     if dtype is None:
-        return x, conv.weight, conv.bias
-    return x.to(dtype), conv.weight.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
+        return x, prepared(conv, conv.weight.dtype, prepare), conv.bias
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    return x.to(dtype), prepared(conv, dtype, prepare), bias
 
 
 def convolve(
     x: Tensor, conv: nn.Conv3d, cache: Tensor | None, residual: Tensor | None = None, time_pad: str = "zeros"
 ) -> tuple[Tensor, Tensor]:
     """Convolve the next chunk of a clip with a causal convolution's parameters; return (y, the next cache)."""
-    x, weight, bias = autocast_parameters(x, conv)
+    x, weight, bias = parameters(x, conv)
     fused = residual if residual is not None and residual.dtype == x.dtype else None
     y, cache = ops.causal_conv3d_stream(
         x, cache, weight, bias, stride=_triple(conv.stride), time_pad=time_pad, residual=fused
@@ -87,7 +90,7 @@ def norm_convolve(
     padded = ops.norm_silu_pad(x, cache=cache, kernel=kernel, time_pad=time_pad, **norm)
     top, left = (kernel[1] - 1) // 2, (kernel[2] - 1) // 2
     inside = padded[:, :, x.shape[2] :, top : top + x.shape[3], left : left + x.shape[4]]
-    y = F.conv3d(padded, conv.weight, conv.bias)
+    y = F.conv3d(*parameters(padded, conv))
     if residual is not None:
         y = y.add_(residual) if residual.dtype == y.dtype else y + residual
     return y, inside.clone(memory_format=CHANNELS_LAST)
@@ -114,20 +117,7 @@ def check_upsampling(conv: Any, where: str) -> None:
 
 def upsample_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Double x (B, C, F, H, W) in height and width and convolve each frame with a 3x3 convolution's parameters."""
-    x, weight, bias = autocast_parameters(x, conv)
-    return ops.upsample_conv(x, _folded(conv, weight), bias)
-
-
-def _folded(conv: nn.Conv2d, weight: Tensor) -> Tensor:
-    """Return the weight folded into its four phases: once, until it changes, where no gradient is recorded."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return ops.upsample_phases(weight)
-    version = 0 if conv.weight.is_inference() else conv.weight._version
-    key = conv.weight.data_ptr(), version, weight.dtype, weight.device
-    held = conv.__dict__.get(_FOLDED)
-    if held is None or held[0] != key:
-        held = conv.__dict__[_FOLDED] = key, ops.upsample_phases(weight)
-    return held[1]
+    return ops.upsample_conv(*parameters(x, conv, ops.upsample_phases))
 
 
 def gather(chunks: Iterable[Tensor], frames: int) -> Tensor:

@@ -15,7 +15,6 @@ from vidkern import ops
 from vidkern.integrations import patching
 from vidkern.integrations.streams import (
     autocast_dtype,
-    autocast_parameters,
     blend_tiles,
     channels_last,
     check_upsampling,
@@ -24,6 +23,7 @@ from vidkern.integrations.streams import (
     frames_of,
     gather,
     norm_convolve,
+    parameters,
     upsample_convolve,
 )
 
@@ -164,7 +164,7 @@ def _convolution(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     cache = None
     if cache_x is not None and before > 0:
         cache = F.pad(cache_x.to(x.device), (0, 0, 0, 0, before - cache_x.shape[2], 0))
-    x, weight, bias = autocast_parameters(x, self)
+    x, weight, bias = parameters(x, self)
     return ops.causal_conv3d(x, weight, bias, stride=self.stride, cache=cache)
 
 
@@ -244,7 +244,7 @@ def _halve_frames(self: Any, x: Tensor, feat_cache: list[Any], feat_idx: list[in
     cache, feat_cache[place] = feat_cache[place], x[:, :, -1:].clone()
     if cache is None:
         return x
-    x, weight, bias = autocast_parameters(x, self.time_conv)
+    x, weight, bias = parameters(x, self.time_conv)
     return ops.causal_conv3d(x, weight, bias, stride=self.time_conv.stride, cache=cache)
 
 

@@ -1,18 +1,19 @@
 """Convolutions of video as modules: causal ones, whole or in a stream of chunks, and the one after an upsampling."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vidkern import ops
+from vidkern.nn.prepared import channels_inside, prepared
 
 
 class CausalConv3d(nn.Conv3d):
     """A 3D convolution that sees no later frame, over ``vidkern.ops.causal_conv3d``; parameters as ``nn.Conv3d``.
 
-    Under autocast its arguments and parameters are cast, as ``nn.Conv3d``'s are.
+    Under autocast its arguments and parameters are cast, as ``nn.Conv3d``'s are. Where no gradient is recorded, the
+    weight is laid out for the kernel, and cast, once, until it changes.
 
     Args:
         in_channels: Cin.
@@ -90,10 +91,11 @@ class CausalConv3d(nn.Conv3d):
     def _cast(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return (x, weight, bias, residual) in autocast's dtype where autocast is on."""
         if not torch.is_autocast_enabled(x.device.type):
-            return x, self.weight, self.bias, residual
+            return x, prepared(self, self.weight.dtype, channels_inside), self.bias, residual
         dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return x.to(dtype), self.weight.to(dtype), bias, None if residual is None else residual.to(dtype)
+        weight = prepared(self, dtype, channels_inside)
+        return x.to(dtype), weight, bias, None if residual is None else residual.to(dtype)
 
 
 class UpsampleConv(nn.Conv2d):
@@ -110,7 +112,6 @@ class UpsampleConv(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
-        self._folded: tuple[tuple[Any, ...], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Double and convolve.
@@ -125,15 +126,7 @@ class UpsampleConv(nn.Conv2d):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return ops.upsample_conv(x.to(dtype), self._phases(dtype), bias)
-
-    def _phases(self, dtype: torch.dtype) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return ops.upsample_phases(self.weight.to(dtype))
-        key = (self.weight.data_ptr(), self.weight._version, self.weight.device, dtype)
-        if self._folded is None or self._folded[0] != key:
-            self._folded = key, ops.upsample_phases(self.weight.to(dtype))
-        return self._folded[1]
+        return ops.upsample_conv(x.to(dtype), prepared(self, dtype, ops.upsample_phases), bias)
 
 
 def _triple(value: int | Sequence[int]) -> tuple[int, int, int]:
