@@ -7,7 +7,8 @@ from diffusers import CogVideoXTransformer3DModel
 import vidkern
 from tests.integrations.transformer_cases import (
     assert_as_accurate,
-    assert_closer,
+    assert_autocast_as_accurate,
+    assert_checkpointing_equal,
     assert_compiles,
     assert_equal_training,
     assert_exactly_unpatched,
@@ -78,21 +79,11 @@ def test_bfloat16_is_as_accurate():
 
 
 def test_autocast_is_as_accurate():
-    model = cogvideox()
-    ours = patched(model)
-    with torch.no_grad():
-        exact = call(model)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert_closer(call(ours), call(model), exact)
+    assert_autocast_as_accurate(cogvideox(), call)
 
 
 def test_activation_checkpointing_gives_the_same_gradients():
-    model = cogvideox()
-    ours = patched(model)
-    for m in (model, ours):
-        m.train()
-        m.enable_gradient_checkpointing()
-    assert_equal_training(model, ours, call)
+    assert_checkpointing_equal(cogvideox(), call)
 
 
 def test_fused_projections_go_on_working():

@@ -9,7 +9,8 @@ import vidkern
 from tests.integrations.transformer_cases import (
     TOLERANCE,
     assert_as_accurate,
-    assert_closer,
+    assert_autocast_as_accurate,
+    assert_checkpointing_equal,
     assert_compiles,
     assert_equal_training,
     assert_exactly_unpatched,
@@ -96,21 +97,11 @@ def test_bfloat16_is_as_accurate():
 
 
 def test_autocast_is_as_accurate():
-    model = latte()
-    ours = patched(model)
-    with torch.no_grad():
-        exact = call(model)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert_closer(call(ours), call(model), exact)
+    assert_autocast_as_accurate(latte(), call)
 
 
 def test_activation_checkpointing_gives_the_same_gradients():
-    model = latte()
-    ours = patched(model)
-    for m in (model, ours):
-        m.train()
-        m.enable_gradient_checkpointing()
-    assert_equal_training(model, ours, call)
+    assert_checkpointing_equal(latte(), call)
 
 
 @pytest.mark.parametrize(

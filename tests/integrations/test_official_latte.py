@@ -10,6 +10,7 @@ from tests.integrations.public_latte import Block, Latte, LatteIMG, LatteVIDEO
 from tests.integrations.transformer_cases import (
     TOLERANCE,
     assert_as_accurate,
+    assert_autocast_as_accurate,
     assert_closer,
     assert_compiles,
     assert_equal_training,
@@ -102,12 +103,7 @@ def test_bfloat16_is_as_accurate(cls):
 
 @pytest.mark.parametrize("cls", NETWORKS)
 def test_autocast_is_as_accurate(cls):
-    model = network(cls)
-    ours = patched(model)
-    with torch.no_grad():
-        exact = call(model)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert_closer(call(ours), call(model), exact)
+    assert_autocast_as_accurate(network(cls), call)
 
 
 @pytest.mark.parametrize("cls", NETWORKS)

@@ -8,7 +8,8 @@ import vidkern
 from tests.integrations.transformer_cases import (
     TOLERANCE,
     assert_as_accurate,
-    assert_closer,
+    assert_autocast_as_accurate,
+    assert_checkpointing_equal,
     assert_compiles,
     assert_equal_training,
     assert_exactly_unpatched,
@@ -141,22 +142,12 @@ def test_bfloat16_is_as_accurate(keep_float32):
 
 
 def test_autocast_is_as_accurate():
-    model = wan()
-    ours = patched(model)
-    with torch.no_grad():
-        exact = call(model)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert_closer(call(ours), call(model), exact)
+    assert_autocast_as_accurate(wan(), call)
 
 
 @pytest.mark.parametrize("timestep", TIMESTEPS.values(), ids=TIMESTEPS.keys())
 def test_activation_checkpointing_gives_the_same_gradients(timestep):
-    model = wan()
-    ours = patched(model)
-    for m in (model, ours):
-        m.train()
-        m.enable_gradient_checkpointing()
-    assert_equal_training(model, ours, lambda m: call(m, timestep))
+    assert_checkpointing_equal(wan(), lambda m: call(m, timestep))
 
 
 def test_a_block_called_alone_with_a_vector_for_each_token():

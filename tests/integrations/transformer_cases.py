@@ -109,6 +109,24 @@ def assert_as_accurate(model, call, reduced=torch.bfloat16, keep_float32=()):
         assert_closer(call(patched(low)), call(low), exact)
 
 
+def assert_autocast_as_accurate(model, call):
+    """Hold a patched model under bfloat16 autocast to the unpatched one's distance from float32."""
+    ours = patched(model)
+    with torch.no_grad():
+        exact = call(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_closer(call(ours), call(model), exact)
+
+
+def assert_checkpointing_equal(model, call):
+    """Compare a training step of a patched and an unpatched model, both with activation checkpointing."""
+    ours = patched(model)
+    for m in (model, ours):
+        m.train()
+        m.enable_gradient_checkpointing()
+    assert_equal_training(model, ours, call)
+
+
 def watched_operators(monkeypatch):
     """Return a set that fills with the names of the modulation and attention operators that are called."""
     called = set()
