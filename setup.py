@@ -119,7 +119,8 @@ class BuildKernels(build_ext):
         if cxx is None:
             print("vidkern: no C++ compiler found, so no compiled kernels; Triton and PyTorch remain", file=sys.stderr)
             return
-        folder = Path(self.build_temp).resolve() / "kernels"
+        # one folder for `pip install -e` and `build_ext --inplace`: neither builds again what the other has built
+        folder = (ROOT / "build" if self._in_place() else Path(self.build_temp).resolve()) / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
         graph = ninja_file(cxx, find_nvcc())
         ninja = folder / "build.ninja"
@@ -139,9 +140,11 @@ class BuildKernels(build_ext):
             shutil.copy2(folder / library.name, fresh)
             fresh.replace(library)  # a process that has the old library mapped keeps it
 
+    def _in_place(self) -> bool:
+        return bool(self.inplace or self.editable_mode)
+
     def _outputs(self) -> list[Path]:
-        in_place = self.inplace or self.editable_mode
-        package = (ROOT if in_place else Path(self.build_lib)) / "vidkern"
+        package = (ROOT if self._in_place() else Path(self.build_lib)) / "vidkern"
         built = ["_C_cpu.so"] + (["_C_cuda.so", INFO] if find_nvcc() else [])
         return [package / name for name in built]
 
