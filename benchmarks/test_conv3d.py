@@ -64,22 +64,23 @@ LAYERS = [
     Layer("Wan2.2 256", 256, 256, 4, 352, 640),
 ]
 
-#: A CPU gets at most so many frames and positions of a frame, and none of the layers that take seconds.
-CPU_FRAMES, CPU_POSITIONS, CPU_WEIGHTS = 2, 1500, 8_000_000
+#: A CPU gets at most so many frames and positions of a frame, none of the widest layers, and 16 bits for a few.
+CPU_FRAMES, CPU_POSITIONS, CPU_WEIGHTS, CPU_HALF_LAYERS = 2, 500, 4_500_000, 3
 
 
 def layers() -> list[Layer]:
     """Return the layers, in full on a GPU and scaled down on a CPU."""
     if ON_GPU:
         return LAYERS
-    found = []
+    found: dict[tuple[int, ...], Layer] = {}  # by shape: scaled down, some are the same
     for layer in LAYERS:
         scale = max(1.0, (layer.height * layer.width / CPU_POSITIONS) ** 0.5)
         height, width = int(layer.height / scale), int(layer.width / scale)
         frames = min(layer.frames, CPU_FRAMES)
         if layer.weights <= CPU_WEIGHTS:
-            found.append(dataclasses.replace(layer, frames=frames, height=height, width=width))
-    return found
+            scaled = dataclasses.replace(layer, frames=frames, height=height, width=width)
+            found.setdefault((scaled.weights, scaled.positions), scaled)
+    return list(found.values())
 
 
 def padded(x: Tensor, cache: Tensor, kernel: tuple[int, ...]) -> Tensor:
@@ -214,7 +215,7 @@ def problems() -> list[Problem]:
     ]
     found += [upsample_problem(layer, telling) for layer in normed]
     found += [conv_problem(layer, telling, True) for layer in normed]
-    return found + [conv_problem(layer, other, False) for layer in every]
+    return found + [conv_problem(layer, other, False) for layer in (every if ON_GPU else every[:CPU_HALF_LAYERS])]
 
 
 def small_problems() -> list[Problem]:
