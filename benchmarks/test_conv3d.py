@@ -149,7 +149,8 @@ def norm_problem(layer: Layer, norm: str, dtype: torch.dtype, backward: bool) ->
         return padded(F.silu(normed), cache, layer.kernel)
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor, cache: Tensor) -> Tensor:
-        return ops.norm_silu_pad(x, weight, cache, norm=norm, groups=groups, bias=bias, kernel=layer.kernel)
+        eps = 1e-24 / x.shape[1] if norm == "rms" else 1e-6  # F.normalize divides by max(|x|, 1e-12)
+        return ops.norm_silu_pad(x, weight, cache, norm=norm, groups=groups, bias=bias, eps=eps, kernel=layer.kernel)
 
     def make_inputs(device: torch.device) -> list[Tensor]:
         x, _, _, cache = conv_inputs(layer, dtype, device)
@@ -214,7 +215,8 @@ def problems() -> list[Problem]:
         for norm in ("rms", "group")
     ]
     found += [upsample_problem(layer, telling) for layer in normed]
-    found += [conv_problem(layer, telling, True) for layer in normed]
+    trained = telling if ON_GPU else other  # a CPU's float32 gradients are the definition's
+    found += [conv_problem(layer, trained, True) for layer in normed]
     return found + [conv_problem(layer, other, False) for layer in (every if ON_GPU else every[:CPU_HALF_LAYERS])]
 
 
