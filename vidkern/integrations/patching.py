@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-#: What replacements keep on an instance, such as prepared weights, begins with this.
-STATE_PREFIX = "_vidkern_"
+from vidkern.nn import prepared
+
 #: Where accelerate's hooks keep the forward that they wrap.
 _HOOKED_FORWARD = "_old_forward"
 
@@ -226,5 +226,5 @@ def _restore(module: nn.Module) -> None:
     for name, held in list(module.__dict__.items()):
         if name == _HOOKED_FORWARD and _is_ours(held):
             module.__dict__[name] = types.MethodType(type(module).forward, module)
-        elif name.startswith(STATE_PREFIX) or _is_ours(held):
+        elif name == prepared.SLOT or _is_ours(held):
             del module.__dict__[name]
