@@ -1,5 +1,6 @@
 """Latte (Ma et al. 2024): a video diffusion transformer of divided space-time attention; also FVDM's network."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.conditions import resolve_dropped
 from vidkern.nn import (
     DividedSpaceTimeBlock,
     FinalLayer,
@@ -52,6 +54,8 @@ class LatteConfig:
             queries and keys instead.
         class_dropout: how often a sample's labels become the null class in training.
         text_size: length of a flattened text embedding (77 * 768 for CLIP's); None is without text.
+        text_dropout: how often a sample's text becomes the null text, all zeros, in training. The projection's bias is
+            what a network then sees of the text, so that the null is learned without a parameter of its own.
     """
 
     input_size: int | tuple[int, int] = 32
@@ -69,6 +73,7 @@ class LatteConfig:
     temporal_position: str = "absolute"
     class_dropout: float = 0.1
     text_size: int | None = None
+    text_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
@@ -88,6 +93,7 @@ class LatteConfig:
             ("num_heads", divided, f"a divisor of hidden_size = {self.hidden_size}"),
             ("text_size", self.num_classes is None or self.text_size is None, "None where num_classes is given"),
             ("class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)"),
+            ("text_dropout", 0 <= self.text_dropout < 1, "in [0, 1)"),
         )
         for name, holds, wanted in rules:
             if not holds:
@@ -110,6 +116,18 @@ class LatteConfig:
     def out_channels(self) -> int:
         """Channels of the output."""
         return 2 * self.in_channels if self.learn_sigma else self.in_channels
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions that ``forward`` wants."""
+        wanted = {"y": self.num_classes is not None, "text": self.text_size is not None}
+        return tuple(name for name, given in wanted.items() if given)
+
+    @property
+    def dropouts(self) -> dict[str, float]:
+        """How often training drops each condition that can be dropped."""
+        probability = {"y": self.class_dropout, "text": self.text_dropout}
+        return {name: probability[name] for name in self.conditions if name in probability}
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -168,7 +186,7 @@ class Latte(nn.Module):
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, size, config.patch_frames)
         self.t_embedder = TimestepEmbedder(size)
         if config.num_classes is not None:
-            self.y_embedder = LabelEmbedder(config.num_classes, size, config.class_dropout)
+            self.y_embedder = LabelEmbedder(config.num_classes, size, dropout=0.0)  # forward drops
         if config.text_size is not None:
             self.text_embedding_projection = nn.Sequential(nn.SiLU(), xavier_linear(config.text_size, size))
         self.blocks = nn.ModuleList(
@@ -193,6 +211,7 @@ class Latte(nn.Module):
         text: Tensor | None = None,
         num_images: int = 0,
         image_labels: Tensor | None = None,
+        dropped: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Predict the noise, and with ``learn_sigma`` the variance, of noisy clips.
 
@@ -205,6 +224,8 @@ class Latte(nn.Module):
             num_images: joint training on images: so many of x's last frames are single images, which no attention over
                 frames connects to anything.
             image_labels: (B, num_images) int64 labels of the images, for a class-conditional model.
+            dropped: bool (B,) for "y" or "text": the samples whose labels, those of the images among them, become the
+                null class, or whose text becomes zeros. None: drawn in training by the configuration's ``dropouts``.
 
         Returns:
             (B, F, 2C, H, W) = [epsilon, sigma] along channels with ``learn_sigma``, else (B, F, C, H, W); in the dtype
@@ -214,6 +235,10 @@ class Latte(nn.Module):
             ValueError: a shape that does not fit, or a condition that is missing or unknown to this model.
         """
         self._check(x, t, y, text, num_images, image_labels)
+        dropped = resolve_dropped(dropped, self.config.dropouts, len(x), x.device, training=self.training)
+        y = _masked(y, dropped.get("y"), self.config.num_classes)
+        image_labels = _masked(image_labels, dropped.get("y"), self.config.num_classes)
+        text = _masked(text, dropped.get("text"), 0)
         frames = x.shape[1] - num_images
         time = self.t_embedder(t if t.dim() == 2 else t[:, None])  # (B, 1 or F, D)
         label = self.y_embedder(y)[:, None] if y is not None else None
@@ -343,3 +368,10 @@ def _check_condition(name: str, value: Tensor | None, wanted: tuple[int, ...] | 
     got = None if value is None else tuple(value.shape)
     if got != wanted:
         raise ValueError(f"{name} must be {'None' if wanted is None else f'of shape {wanted}'}, got {got}")
+
+
+def _masked(condition: Tensor | None, dropped: Tensor | None, null: int | None) -> Tensor | None:
+    """Return the condition (B, ...) with ``null`` in the samples where ``dropped`` (B,) is true."""
+    if condition is None or dropped is None or null is None:
+        return condition
+    return condition.masked_fill(dropped.view(-1, *[1] * (condition.dim() - 1)), null)

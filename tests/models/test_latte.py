@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.conditions import draw_dropped
 from models.latte import Latte, LatteConfig, latte
 from tests.models.plain_latte import plain_latte
 from tests.models.public_cases import fill
@@ -157,6 +158,48 @@ def test_guidance_moves_epsilon_only():
     assert torch.equal(guided[:, :, CHANNELS:], plain[:, :, CHANNELS:])
 
 
+def test_dropped_labels_are_the_null_class_and_those_of_the_images_with_them():
+    model = small(num_classes=CLASSES, class_dropout=0.9).train()
+    x, t, y = clip(FRAMES + 1), torch.tensor([3, 700]), torch.tensor([1, 2])
+    labels, null = torch.tensor([[0], [3]]), torch.tensor([[0], [CLASSES]])
+    options = {"num_images": 1, "dropped": {}}
+    dropped = model(x, t, y, image_labels=labels, num_images=1, dropped={"y": torch.tensor([False, True])})
+    assert torch.equal(dropped, model(x, t, torch.tensor([1, CLASSES]), image_labels=null, **options))
+    assert relative(dropped[1:], model(x, t, y, image_labels=labels, **options)[1:]) > 0.001
+
+
+def test_dropped_text_is_the_projection_of_zeros_which_is_its_bias():
+    model = small(text_size=6, text_dropout=0.9).train()
+    x, t, text = clip(), torch.tensor([3, 700]), torch.randn(BATCH, 2, 3)
+    assert model.text_embedding_projection[1].bias.norm() > 0.01
+    dropped = model(x, t, text=text, dropped={"text": torch.tensor([True, False])})
+    with_text = model(x, t, text=text, dropped={})
+    assert torch.equal(dropped[1], with_text[1])
+    assert torch.equal(dropped[0], model(x, t, text=torch.zeros_like(text), dropped={})[0])
+    assert relative(dropped[0], with_text[0]) > 0.001
+
+
+def test_a_training_network_draws_its_drops_where_it_is_told_none():
+    model = small(num_classes=CLASSES, class_dropout=0.5).train()
+    x, t, y = clip(batch=4), torch.full((4,), 700), torch.full((4,), 2)
+    torch.manual_seed(0)
+    drawn = model(x, t, y)
+    torch.manual_seed(0)
+    drops = torch.rand(4) < 0.5
+    assert drops.any()
+    assert not drops.all()
+    assert torch.equal(drawn, model(x, t, y, dropped={"y": drops}))
+    assert torch.equal(model.eval()(x, t, y), model(x, t, y, dropped={}))
+
+
+def test_drops_are_drawn_with_their_probability_and_not_where_it_is_0():
+    torch.manual_seed(0)
+    drops = draw_dropped({"y": 0.25, "text": 0.0}, 4000)
+    assert list(drops) == ["y"]
+    # 5 standard deviations of a binomial
+    assert abs(drops["y"].double().mean() - 0.25) < 5 * (0.25 * 0.75 / 4000) ** 0.5
+
+
 def test_checkpointing_gives_the_same_bits():
     model, x, t = small(), clip(), torch.tensor([3, 700])
     plain = gradients(model, model(x, t))
@@ -295,6 +338,14 @@ BAD_CALLS = {
         "text must be None",
     ),
     "images": (lambda m: m(clip(), torch.tensor([1, 2]), torch.tensor([0, 1]), num_images=4), "num_images must be"),
+    "dropped condition": (
+        lambda m: m(clip(), torch.tensor([1, 2]), torch.tensor([0, 1]), dropped={"text": torch.zeros(2).bool()}),
+        r"dropped must name conditions among \(y\), got 'text'",
+    ),
+    "dropped samples": (
+        lambda m: m(clip(), torch.tensor([1, 2]), torch.tensor([0, 1]), dropped={"y": torch.zeros(3).bool()}),
+        r"dropped\['y'\] must be torch.bool of shape \(2,\), got torch.bool of shape \(3,\)",
+    ),
     "image labels": (
         lambda m: m(clip(), torch.tensor([1, 2]), torch.tensor([0, 1]), num_images=2),
         r"image_labels must be of shape \(2, 2\), got None",
@@ -327,6 +378,7 @@ def test_images_want_the_uniform_embedding():
         ({"patch_embedding": "tubelet", "num_frames": 5}, "num_frames must be a multiple of the patch's 2, got 5"),
         ({"num_classes": 5, "text_size": 8}, "text_size must be None where num_classes is given, got 8"),
         ({"class_dropout": 1.0}, r"class_dropout must be in \[0, 1\), got 1.0"),
+        ({"text_dropout": -0.1}, r"text_dropout must be in \[0, 1\), got -0.1"),
     ],
 )
 def test_a_configuration_that_cannot_be_built_is_refused(options, message):
