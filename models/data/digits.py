@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.data.seeded import Sample, SeededDataset
+from models.motion.forms import to_network
 
 _REACH = 7 / 16  # of a centre, where the frame is [-1, 1]: bilinear sampling widens the eight pixels to nine
 
@@ -18,12 +19,24 @@ class MovingDigits(SeededDataset):
     The background is -1, the ink up to 1; with 3 channels each clip's ink has a colour. The digit is half as wide as
     the frame, its velocity constant between bounces, its position continuous (sampled bilinearly). The label is the
     digit, 0 to 9. Deterministic by (seed, epoch, index); `length` only says how many samples an epoch has.
+
+    With `motion` a sample has "motion" float32 (F, 3, size, size) too, exact, in the network's form (see
+    models.motion.forms). A pixel of frame i that has ink moves with the digit: its flow leads to the digit's place in
+    frame 0, which always shows all of the digit. A pixel without ink is background, which rests: its flow is 0, and
+    frame 0 hides it where it has ink itself.
     """
 
     classes = tuple(str(digit) for digit in range(10))
 
     def __init__(
-        self, *, num_frames: int = 16, size: int = 32, channels: int = 1, length: int = 10_000, seed: int = 0
+        self,
+        *,
+        num_frames: int = 16,
+        size: int = 32,
+        channels: int = 1,
+        length: int = 10_000,
+        motion: bool = False,
+        seed: int = 0,
     ) -> None:
         """Raises ValueError for num_frames or length below 1, size below 16, channels other than 1 and 3."""
         super().__init__(seed)
@@ -33,6 +46,7 @@ class MovingDigits(SeededDataset):
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels}")
         self.num_frames, self.size, self.channels, self.length = num_frames, size, channels, length
+        self.motion = motion
 
     def __len__(self) -> int:
         """The number of samples in an epoch."""
@@ -42,10 +56,14 @@ class MovingDigits(SeededDataset):
         """A random digit image on a random path."""
         images, labels = _digits()
         which = int(rng.integers(len(images)))
-        ink = _render(images[which], self._path(rng), self.size)
+        centres = self._path(rng)
+        ink = _render(images[which], centres, self.size)
         colour = torch.from_numpy(rng.uniform(0.3, 1, self.channels) if self.channels == 3 else np.ones(1))
         video = 2 * ink[:, None] * (colour / colour.max()).float().view(-1, 1, 1) - 1
-        return {"video": video, "label": labels[which]}
+        sample = {"video": video, "label": labels[which]}
+        if self.motion:
+            sample["motion"] = _motion(ink, centres)
+        return sample
 
     def _path(self, rng: np.random.Generator) -> Tensor:
         """Centres (F, 2) of the digit as (x, y), where the frame is [-1, 1]."""
@@ -63,6 +81,14 @@ def _render(image: Tensor, centres: Tensor, size: int) -> Tensor:
     theta = torch.cat([torch.eye(2) * scale, -scale * centres[:, :, None]], dim=2)
     grid = F.affine_grid(theta, [len(centres), 1, size, size], align_corners=False)
     return F.grid_sample(image.expand(len(centres), 1, 8, 8), grid, align_corners=False)[:, 0]
+
+
+def _motion(ink: Tensor, centres: Tensor) -> Tensor:
+    """Motion (F, 3, size, size) of the digit with this ink (F, size, size) at `centres` (F, 2)."""
+    digit = (ink > 0)[:, None]
+    to_first = (centres[0] - centres) * ink.shape[-1] / 2  # pixels
+    flow = to_first[:, :, None, None] * digit
+    return to_network(flow, (digit | ~digit[:1]).float())
 
 
 @lru_cache(maxsize=1)
