@@ -4,7 +4,6 @@ Every frame of every video goes through the autoencoder once, and the folder `ou
 reads. A run that was killed goes on with the videos that are not yet in the index when the same command is given again.
 """
 
-import hashlib
 import logging
 import os
 import sys
@@ -28,6 +27,7 @@ from models.data.decode import VideoError, decode, frame_table
 from models.data.frames import to_clip
 from models.data.latents import INDEX, Entry, Index, read_index
 from models.data.listing import Video, list_videos
+from models.digest import sha256_of
 from models.training.checkpointing import atomic_file
 
 PROG = "python -m models.encode"
@@ -160,13 +160,9 @@ class _Frames(IterableDataset[tuple[int, Tensor | None, str]]):
 
 
 def _new_index(config: EncodeConfig, vae: AutoencoderKL, classes: list[str]) -> Index:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     scale, shift = scaling(vae)
     size = (config.size, config.size)
-    return Index(config.vae, digest.hexdigest(), scale, shift, config.dtype, size, config.flip, classes)
+    return Index(config.vae, sha256_of(vae.state_dict()), scale, shift, config.dtype, size, config.flip, classes)
 
 
 def _resume(config: EncodeConfig, new: Index) -> Index:
