@@ -24,7 +24,7 @@ def draw_dropped(
     if device is None:
         device = generator.device if generator is not None else torch.device("cpu")
     return {
-        name: torch.rand(batch, generator=generator, device=device) < probability
+        name: torch.empty(batch, device=device).uniform_(generator=generator) < probability
         for name, probability in dropouts.items()
         if probability > 0
     }
