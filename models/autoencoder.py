@@ -1,10 +1,10 @@
 """Image autoencoders from diffusers: loading one, and frames to latents and back."""
 
-from pathlib import Path
-
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
+
+from models.pretrained import find_part
 
 
 def load_autoencoder(
@@ -14,14 +14,7 @@ def load_autoencoder(
 
     Raises ValueError, in one line, where there is none or where it is another kind of autoencoder.
     """
-    path = Path(name)
-    if path.is_dir():
-        source, folder = str(path if (path / "config.json").exists() else path / "vae"), None
-    elif path.is_absolute() or name.startswith(".") or "/" not in name:
-        raise ValueError(f"no autoencoder at {name}: want a local folder, or owner/name on the hub")
-    else:
-        owner, repository, *rest = name.split("/")
-        source, folder = f"{owner}/{repository}", "/".join(rest) or None
+    source, folder = find_part(name, "autoencoder", "vae")
     try:
         kind = AutoencoderKL.load_config(source, subfolder=folder).get("_class_name")
         if kind != "AutoencoderKL":
