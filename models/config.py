@@ -8,6 +8,8 @@ from typing import Literal
 from models.command_line import LARGEST_SEED, UsageError, check_range, flatten, parse, read_yaml, to_dict
 from models.latte import LatteConfig
 
+NetworkConfig = LatteConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -119,12 +121,24 @@ class TrainConfig:
     """torch.compile the network."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    network: Literal["latte"] = "latte"
+    """What is trained; its sizes are in the part named `network_section`."""
     model: LatteConfig = dataclasses.field(default_factory=LatteConfig)
-    """The network."""
+    """Latte's and FVDM's sizes."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    @property
+    def network_section(self) -> str:
+        """The name of the field that holds the chosen network's sizes."""
+        return "model"
+
+    @property
+    def network_config(self) -> NetworkConfig:
+        """The chosen network's sizes."""
+        return getattr(self, self.network_section)
 
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:
@@ -195,5 +209,7 @@ def _check_values(config: TrainConfig) -> None:
             f"--diffusion.schedule {config.diffusion.schedule} does not go with "
             f"--diffusion.prediction {config.diffusion.prediction}: flow wants flow"
         )
-    if config.diffusion.schedule == "flow" and config.model.learn_sigma:
-        raise UsageError("--diffusion.schedule flow has no variance to learn: it wants --model.no_learn_sigma")
+    if config.diffusion.schedule == "flow" and config.network_config.learn_sigma:
+        raise UsageError(
+            f"--diffusion.schedule flow has no variance to learn: it wants --{config.network_section}.no_learn_sigma"
+        )

@@ -56,7 +56,7 @@ def resume(run: Run) -> None:
             if run.world.is_main:
                 path.rename(path.with_suffix(".damaged"))
             continue
-        changed = scatter(state, run.model, run.ema, run.optimizer, to_dict(run.config))
+        changed = scatter(state, run.model, run.ema, run.optimizer, run.config)
         run.step = state["step"]
         run.keys.load_state_dict({"key": torch.tensor([run.config.seed, run.step])})
         run.tell(f"going on after step {run.step} from {path}")
@@ -81,7 +81,7 @@ def train(run: Run, batches: Batches, metrics: Metrics, codec: Codec | None) -> 
     Returns whether the last checkpoint was written.
     """
     config, log, written = run.config, run.config.log, True
-    for x0, conditions in itertools.islice(batches, config.steps - run.step):
+    for x0, conditions in itertools.islice(batches.after(run.step), config.steps - run.step):
         metrics.record(train_step(run, x0, conditions), learning_rate(config.optim, run.step))
         last = run.step == config.steps
         checkpoint_due = last or run.step % log.checkpoint_every == 0
@@ -128,10 +128,10 @@ def export(run: Run) -> None:
 
 def set_up(config: TrainConfig, world: World) -> tuple[Run, Batches, Metrics]:
     """Build the run, or go on with it, and write its configuration."""
+    batches = Batches(config, world)
     run = make_run(config, world)
     resume(run)
     refuse_to_overtake(run)
-    batches = Batches(config, world, run.step)
     run_dir = Path(config.run_dir)
     if world.is_main:
         with checkpointing.atomic_file(run_dir / "config.yaml") as temporary:

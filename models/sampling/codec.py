@@ -6,8 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.config import TrainConfig
-from models.latte import LatteConfig
+from models.config import NetworkConfig, TrainConfig
 
 
 class Codec(Protocol):
@@ -36,7 +35,7 @@ class Codec(Protocol):
 class Pixels:
     """A network that works on pixels."""
 
-    model: LatteConfig
+    model: NetworkConfig
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -63,7 +62,7 @@ def make_codec(config: TrainConfig, vae: str | None, device: torch.device) -> Co
     Raises ValueError where there is no autoencoder, or one with other channels than the network's.
     """
     if config.data.kind != "latents":
-        return Pixels(config.model)
+        return Pixels(config.network_config)
     from models.sampling.latents import load_latents  # diffusers is slow to import
 
     return load_latents(config, vae, device)

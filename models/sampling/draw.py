@@ -9,12 +9,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.config import TrainConfig
-from models.latte import Latte
+from models.networks import Network
 from vidkern.diffusion import TASKS, Schedule, Task, sample, sample_long_video
 
 
 def draw_clips(
-    network: Latte,
+    network: Network,
     schedule: Schedule,
     count: int,
     *,

@@ -8,16 +8,15 @@ from torch import Tensor
 
 from models.autoencoder import decode_latents, downsampling, load_autoencoder, posterior, scaling
 from models.command_line import UsageError
-from models.config import TrainConfig
+from models.config import NetworkConfig, TrainConfig
 from models.data.latents import read_index
-from models.latte import LatteConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
     """A network that works on an autoencoder's latents."""
 
-    model: LatteConfig
+    model: NetworkConfig
     vae: AutoencoderKL
 
     @property
@@ -46,11 +45,11 @@ def load_latents(config: TrainConfig, vae: str | None, device: torch.device) -> 
     name = vae or config.data.vae or _vae_of_data(config)
     autoencoder = load_autoencoder(name, device=device)
     channels = autoencoder.config["latent_channels"]
-    if channels != config.model.in_channels:
+    if channels != config.network_config.in_channels:
         raise UsageError(
-            f"the autoencoder {name} has {channels} latent channels, the network {config.model.in_channels}"
+            f"the autoencoder {name} has {channels} latent channels, the network {config.network_config.in_channels}"
         )
-    return Latents(config.model, autoencoder)
+    return Latents(config.network_config, autoencoder)
 
 
 def _vae_of_data(config: TrainConfig) -> str:

@@ -6,14 +6,14 @@ from typing import Any
 from models.checkpoints import load_weights
 from models.command_line import UsageError, from_dict, read_yaml
 from models.config import TrainConfig
-from models.latte import Latte
+from models.networks import Network, build_network
 from models.training import checkpointing
 from models.training.export import read_config
 
 
 def load_network(
     source: str | Path, weights: str | None = None, config_file: str | None = None
-) -> tuple[Latte, TrainConfig]:
+) -> tuple[Network, TrainConfig]:
     """The network of `source`, in evaluation mode on the CPU, and the configuration that it was trained with.
 
     `source` is a run's folder (its newest checkpoint, else its export), a checkpoint or a safetensors file. `weights`
@@ -27,7 +27,7 @@ def load_network(
         config = read_yaml(TrainConfig, config_file)
     else:
         config = from_dict(TrainConfig, _saved_config(path))
-    model = Latte(config.model)
+    model = build_network(config)
     load_weights(model, path, entry=weights)
     return model.eval().requires_grad_(False), config
 

@@ -9,30 +9,31 @@ from models.command_line import UsageError
 from models.config import TrainConfig
 from models.data import LatentDataset, MovingDigits, ResumableSampler, VideoError, VideoFolder
 from models.data.seeded import SeededDataset
+from models.networks import check_network
 from models.training.distributed import World
 
 
 def make_dataset(config: TrainConfig) -> SeededDataset:
     """The dataset of `config.data` with clips of the model's size, frames and channels."""
-    data, model = config.data, config.model
+    data, network = config.data, config.network_config
     if data.kind == "digits":
         return MovingDigits(
-            num_frames=model.num_frames,
-            size=model.frame_size[0],
-            channels=model.in_channels,
+            num_frames=network.num_frames,
+            size=network.frame_size[0],
+            channels=network.in_channels,
             length=data.length,
             seed=config.seed,
         )
     assert data.path is not None  # parse_train_config has seen to it
     if data.kind == "latents":
         return LatentDataset(
-            data.path, num_frames=model.num_frames, frame_interval=data.frame_interval, seed=config.seed
+            data.path, num_frames=network.num_frames, frame_interval=data.frame_interval, seed=config.seed
         )
     return VideoFolder(
         data.path,
-        num_frames=model.num_frames,
+        num_frames=network.num_frames,
         frame_interval=data.frame_interval,
-        size=model.frame_size,
+        size=network.frame_size,
         crop=data.crop,
         flip=data.flip,
         use_image_num=data.images,
@@ -41,36 +42,22 @@ def make_dataset(config: TrainConfig) -> SeededDataset:
 
 
 class Batches:
-    """Endless (x0, conditions) on the device from the batch of step `start` on: this process's share of each.
+    """The run's batches on the device: this process's share of each, as (x0, conditions).
 
     x0 is float32 (n, F, C, H, W), with the joined images at the end of F; conditions are what the network takes
-    besides: "y" (n,) and "image_labels" (n, images), int64, where it is class-conditional.
+    besides, by the names of its `forward`: "y" (n,) and "image_labels" (n, images), int64, where it has classes.
     """
 
-    def __init__(self, config: TrainConfig, world: World, start: int) -> None:
-        """Raises UsageError where the processes cannot share a batch evenly, or where clips do not fit the model."""
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        """Raises ValueError where the processes cannot share a batch evenly, or where data and network do not fit."""
         if config.batch_size % world.size:
             raise UsageError(f"--batch_size {config.batch_size} is no multiple of the {world.size} processes")
-        self.dataset, self.device = make_dataset(config), world.device
-        self.conditional = config.model.num_classes is not None
+        self.config, self.world = config, world
+        self.dataset = make_dataset(config)
         try:
-            _check_fit(self.dataset, config)
+            self._check_fit()
         except VideoError as error:
             raise UsageError(f"{config.data.path}: {error}") from error
-        sampler = ResumableSampler(
-            len(self.dataset),
-            config.batch_size // world.size,
-            rank=world.rank,
-            world_size=world.size,
-            seed=config.seed,
-            start=start,
-        )
-        self.loader = DataLoader(
-            self.dataset,
-            batch_sampler=sampler,
-            num_workers=config.data.workers,
-            pin_memory=self.device.type == "cuda",
-        )
 
     @property
     def skipped(self) -> str:
@@ -78,25 +65,55 @@ class Batches:
         report = self.dataset.report() if isinstance(self.dataset, VideoFolder) else None
         return str(report) if report is not None and (report.unreadable or report.not_videos) else ""
 
-    def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """The batches in order."""
-        for batch in self.loader:
-            sample = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-            names = {"label": "y", "image_label": "image_labels"} if self.conditional else {}
-            yield _clip(sample), {name: sample[key] for key, name in names.items() if key in sample}
-
-
-def _clip(sample: dict[str, Tensor]) -> Tensor:
-    return sample["latent"] if "latent" in sample else sample["video"]
-
-
-def _check_fit(dataset: SeededDataset, config: TrainConfig) -> None:
-    model, clip = config.model, _clip(dataset[0, 0])
-    wanted = (model.num_frames + config.data.images, model.in_channels, *model.frame_size)
-    if tuple(clip.shape) != wanted:
-        raise UsageError(
-            f"the data's clips are {tuple(clip.shape)} (frames, channels, height, width), the model wants {wanted}"
+    def after(self, step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The batches of step `step` + 1, and of all that follow."""
+        world, device = self.world, self.world.device
+        sampler = ResumableSampler(
+            len(self.dataset),
+            self.config.batch_size // world.size,
+            rank=world.rank,
+            world_size=world.size,
+            seed=self.config.seed,
+            start=step,
         )
-    classes = getattr(dataset, "classes", ())
-    if model.num_classes is not None and len(classes) > model.num_classes:
-        raise UsageError(f"--model.num_classes {model.num_classes}, but the data has {len(classes)} classes")
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=sampler,
+            num_workers=self.config.data.workers,
+            pin_memory=device.type == "cuda",
+        )
+        for batch in loader:
+            yield self._inputs({name: value.to(device, non_blocking=True) for name, value in batch.items()})
+
+    def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The network's inputs out of samples of the dataset, stacked and on the device."""
+        conditions = {name: self._condition(name, batch) for name in self.config.network_config.conditions}
+        if "y" in conditions and "image_label" in batch:
+            conditions["image_labels"] = batch["image_label"]
+        return _clip(batch), conditions
+
+    def _condition(self, name: str, batch: dict[str, Tensor]) -> Tensor:
+        if _SOURCES[name] not in batch:
+            raise UsageError(f"the network wants {name}, the data has {', '.join(batch)}")
+        return batch[_SOURCES[name]]
+
+    def _check_fit(self) -> None:
+        """Put the first clip through the network, without values."""
+        network = self.config.network_config
+        x0, conditions = self._inputs({name: value[None] for name, value in self.dataset[0, 0].items()})
+        wanted = (network.num_frames + self.config.data.images, network.in_channels, *network.frame_size)
+        if x0.shape[1:] != wanted:
+            got = tuple(x0.shape[1:])
+            raise UsageError(f"the data's clips are {got} (frames, channels, height, width), the model wants {wanted}")
+        classes = getattr(self.dataset, "classes", ())
+        if network.num_classes is not None and len(classes) > network.num_classes:
+            raise UsageError(f"--model.num_classes {network.num_classes}, but the data has {len(classes)} classes")
+        check_network(self.config, x0, conditions)
+
+
+#: Where the network's conditions are found in a sample of the data.
+_SOURCES = {"y": "label", "text": "text", "motion": "motion", "pose": "pose"}
+
+
+def _clip(batch: dict[str, Tensor]) -> Tensor:
+    return batch["latent"] if "latent" in batch else batch["video"]

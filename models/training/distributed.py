@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from models.latte import Latte
+from models.networks import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def join_world(device: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def distribute(model: Latte, ema: Latte, strategy: str, world: World) -> nn.Module:
+def distribute(model: Network, ema: Network, strategy: str, world: World) -> nn.Module:
     """The network to call in training: `model` itself, a DDP replica around it, or `model` sharded by FSDP2.
 
     With "fsdp" `ema` is sharded in the same way; it holds its own copy of the weights.

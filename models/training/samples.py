@@ -8,7 +8,7 @@ from PIL import Image
 
 from models.config import TrainConfig
 from models.data import contact_sheet, write_gif
-from models.latte import Latte
+from models.networks import Network
 from models.sampling.codec import Codec
 from models.sampling.draw import draw_clips, sampler_of
 from models.training.distributed import World
@@ -19,7 +19,7 @@ SEED = 0  # the same noise each time shows the progress
 
 
 def write_samples(
-    ema: Latte, codec: Codec, schedule: Schedule, config: TrainConfig, step: int, world: World, board: Board | None
+    ema: Network, codec: Codec, schedule: Schedule, config: TrainConfig, step: int, world: World, board: Board | None
 ) -> None:
     """Draw `log.sample_clips` clips of the averaged weights; every process draws, the main one writes.
 

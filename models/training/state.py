@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from models.command_line import UsageError, differences
+from models.command_line import UsageError, differences, from_dict, to_dict
+from models.config import TrainConfig
 
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SCATTER = StateDictOptions(full_state_dict=True)
@@ -46,15 +47,16 @@ def scatter(
     model: nn.Module,
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
-    config: dict[str, Any],
+    config: TrainConfig,
 ) -> list[str]:
     """Hand what `gather` returned back and return the settings that `config` changes, as "name: old -> new".
 
-    Raises UsageError where the checkpoint is of another network.
+    A setting that is younger than the checkpoint had its default. Raises UsageError where the checkpoint is of another
+    network.
     """
     try:
-        changed = differences(state["config"], config)
-        network = [line for line in changed if line.startswith("model.")]
+        changed = differences(to_dict(from_dict(TrainConfig, state["config"])), to_dict(config))
+        network = [line for line in changed if line.startswith(("network:", f"{config.network_section}."))]
         if network:
             raise UsageError(f"the checkpoint is of another network: {', '.join(network)}")
         set_model_state_dict(model, state["model"], options=_SCATTER)

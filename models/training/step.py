@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models.conditions import draw_dropped
 from models.config import TrainConfig
-from models.latte import Latte, LatteConfig
+from models.networks import Network, build_network
 from models.training.distributed import World, distribute, gradient_exchange
 from models.training.ema import update_ema
 from models.training.metrics import say
@@ -26,11 +27,11 @@ class Run:
     config: TrainConfig
     world: World
     schedule: Schedule
-    model: Latte
+    model: Network
     network: nn.Module  # what training calls: `model`, or a DDP replica around it
-    ema: Latte
+    ema: Network
     optimizer: torch.optim.Optimizer
-    generator: torch.Generator  # draws the timesteps of the whole batch
+    generator: torch.Generator  # draws the timesteps and the dropped conditions of the whole batch
     keys: KeyStream  # noise keys, one a step, the same in every process
     step: int = 0
 
@@ -46,15 +47,11 @@ class Run:
 
 
 def make_run(config: TrainConfig, world: World) -> Run:
-    """Build a run at step 0, the same in every process.
-
-    Raises ValueError for a network that the operators do not serve.
-    """
-    check_network(config.model)
+    """Build a run at step 0, the same in every process."""
     seed_process(config.seed)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as the papers' code trains
-    model = Latte(config.model).to(world.device)
+    model = build_network(config).to(world.device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
@@ -71,14 +68,6 @@ def make_run(config: TrainConfig, world: World) -> Run:
         generator=torch.Generator(world.device),
         keys=KeyStream(config.seed, world.device),
     )
-
-
-def check_network(config: LatteConfig) -> None:
-    """Run the network on a clip without data, so that a size that no operator takes is told before the first step."""
-    with torch.device("meta"):
-        y = None if config.num_classes is None else torch.zeros(1, dtype=torch.int64)
-        clip = torch.zeros(1, config.num_frames, config.in_channels, *config.frame_size)
-        Latte(config).eval()(clip, torch.zeros(1, dtype=torch.int64), y)
 
 
 def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
@@ -100,6 +89,8 @@ def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         p=config.diffusion.ptss_probability,
         generator=run.generator,
     )[first : first + n]
+    drawn = draw_dropped(config.network_config.dropouts, config.batch_size, generator=run.generator)
+    dropped = {name: samples[first : first + n] for name, samples in drawn.items()}
     key = run.keys.next()
     sums = torch.zeros(3, device=x0.device)
     size = min(config.micro_batch_size or n, n)
@@ -107,7 +98,7 @@ def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         part = slice(begin, min(begin + size, n))
         weight = (part.stop - begin) / n
         with gradient_exchange(run.network, enabled=part.stop == n):
-            losses = loss_of(run, x0[part], t[part], key, {k: v[part] for k, v in conditions.items()}, first + begin)
+            losses = loss_of(run, x0[part], t[part], key, _part(conditions, part), _part(dropped, part), first + begin)
             (weight * losses["loss"]).backward()
         sums += weight * torch.stack([losses["loss"].detach(), losses["mse"], losses["vb"]])
     run.step += 1
@@ -120,11 +111,18 @@ def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
 
 
 def loss_of(
-    run: Run, x0: Tensor, t: Tensor, key: Tensor, conditions: dict[str, Tensor], sample_offset: int
+    run: Run,
+    x0: Tensor,
+    t: Tensor,
+    key: Tensor,
+    conditions: dict[str, Tensor],
+    dropped: dict[str, Tensor],
+    sample_offset: int,
 ) -> dict[str, Tensor]:
     """The loss of clips whose numbers in the whole batch begin at `sample_offset`."""
     config, images = run.config, run.config.data.images
-    network = functools.partial(run.network, **conditions, **({"num_images": images} if images else {}))
+    joined = {"num_images": images} if images else {}
+    network = functools.partial(run.network, **conditions, **joined, dropped=dropped)
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         return diffusion_loss(
             network,
@@ -133,8 +131,12 @@ def loss_of(
             run.schedule,
             key,
             prediction=config.diffusion.prediction,
-            learned_range=config.model.learn_sigma,
+            learned_range=config.network_config.learn_sigma,
             sharing=config.diffusion.noise,
             base_weight=config.diffusion.noise_base_weight,
             sample_offset=sample_offset,
         )
+
+
+def _part(values: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
+    return {name: value[part] for name, value in values.items()}

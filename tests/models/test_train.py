@@ -38,7 +38,7 @@ def steps_of(run_dir: Path, count: int, **overrides: Any) -> tuple[step.Run, tor
     """A run after `count` steps in this process, and the values that the steps returned, (count, 4)."""
     settings = config(run_dir, **overrides)
     run = step.make_run(settings, WORLD)
-    batches = iter(Batches(settings, WORLD, 0))
+    batches = Batches(settings, WORLD).after(0)
     return run, torch.stack([step.train_step(run, *next(batches)) for _ in range(count)])
 
 
@@ -75,7 +75,7 @@ def test_a_step_is_adamw_on_the_batch_gradient(tmp_path: Path, monkeypatch: pyte
         return drawn[-1]
 
     monkeypatch.setattr(step, "sample_timesteps", draw)
-    batches = iter(Batches(settings, WORLD, 0))
+    batches = Batches(settings, WORLD).after(0)
     for _ in range(3):
         x0, conditions = next(batches)
         key = run.keys.state_dict()["key"]
@@ -129,7 +129,7 @@ def test_ptss_gives_frames_steps_of_their_own(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
     run, _ = steps_of(tmp_path, 1, diffusion__timesteps="ptss", diffusion__ptss_probability=1.0)
     run.model.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    step.train_step(run, *next(iter(Batches(run.config, WORLD, 1))))
+    step.train_step(run, *next(Batches(run.config, WORLD).after(1)))
     assert seen[0].shape == (4, 4)
     assert len(set(seen[0].flatten().tolist())) > 8
 
@@ -148,7 +148,7 @@ def test_a_fresh_network_misses_the_whole_target(
 ) -> None:
     """Its output is 0, so that the mean squared error is the target's mean square."""
     run = step.make_run(config(tmp_path, batch_size=16, **overrides), WORLD)
-    x0, conditions = next(iter(Batches(run.config, WORLD, 0)))
+    x0, conditions = next(Batches(run.config, WORLD).after(0))
     mse = step.train_step(run, x0, conditions)[1].item()
     assert mse == pytest.approx(noise_weight + clip_weight * x0.square().mean().item(), rel=0.1)
 
@@ -165,7 +165,7 @@ class NoSynchronisation(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device(timesteps: str, tmp_path: Path) -> None:
     settings = config(tmp_path, model__num_classes=10, diffusion__timesteps=timesteps, optim__max_grad_norm=1.0)
     run = step.make_run(settings, WORLD)
-    batches = iter(Batches(settings, WORLD, 0))
+    batches = Batches(settings, WORLD).after(0)
     step.train_step(run, *next(batches))
     batch = next(batches)
     with NoSynchronisation():
@@ -267,7 +267,7 @@ def test_latents_are_scaled_windows_of_what_was_encoded(tmp_path: Path) -> None:
     (folder / INDEX).write_text(index.to_json())
     settings = config(tmp_path / "run", data__kind="latents", data__path=folder, model__in_channels=4)
     run = step.make_run(settings, WORLD)
-    x0, conditions = next(iter(Batches(settings, WORLD, 0)))
+    x0, conditions = next(Batches(settings, WORLD).after(0))
     for clip in x0:
         assert any(torch.equal(clip, 0.5 * mean[start : start + 4]) for start in range(4))
     assert step.train_step(run, x0, conditions)[1].item() == pytest.approx(1, rel=0.1)
@@ -285,8 +285,8 @@ def test_images_join_the_clips_of_videos(tmp_path: Path) -> None:
     run.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args[0].shape, kwargs)), with_kwargs=True
     )
-    step.train_step(run, *next(iter(Batches(run.config, WORLD, 1))))
-    assert seen == [((4, 6, 3, 16, 16), {"num_images": 2})]
+    step.train_step(run, *next(Batches(run.config, WORLD).after(1)))
+    assert seen == [((4, 6, 3, 16, 16), {"num_images": 2, "dropped": {}})]
     assert torch.isfinite(values).all()
 
 
