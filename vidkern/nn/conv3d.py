@@ -90,7 +90,7 @@ class CausalConv3d(nn.Conv3d):
 
     def _cast(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return (x, weight, bias, residual) in autocast's dtype where autocast is on."""
-        if not torch.is_autocast_enabled(x.device.type):
+        if not _autocast(x):
             return x, prepared(self, self.weight.dtype, channels_inside), self.bias, residual
         dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -123,10 +123,15 @@ class UpsampleConv(nn.Conv2d):
             (B, Cout, F, 2H, 2W) in channels_last_3d.
         """
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if _autocast(x):
             dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if self.bias is None else self.bias.to(dtype)
         return ops.upsample_conv(x.to(dtype), prepared(self, dtype, ops.upsample_phases), bias)
+
+
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast is on where x is; torch refuses to say so of the meta device, which has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _triple(value: int | Sequence[int]) -> tuple[int, int, int]:
