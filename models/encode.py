@@ -39,7 +39,7 @@ class EncodeConfig:
     """What to encode, with what, and where to."""
 
     videos: Path
-    """Folder of videos (its sub-folders are the classes), manifest (.csv, .txt, .jsonl: path[,label]), or one video."""
+    """Folder of videos (its sub-folders are the classes), manifest (.csv, .txt, .jsonl), or one video."""
     out: Path
     """Folder of the latents."""
     vae: str
@@ -120,7 +120,7 @@ class ShardWriter:
         shard = f"latents-{len({entry.shard for entry in self.index.entries}):05d}.safetensors"
         for mirrored, (mean, std) in enumerate(zip(latents[::2], latents[1::2], strict=True)):
             number = len(self.index.entries) + len(self._entries)
-            self._entries.append(Entry(video.name, video.label, len(mean), bool(mirrored), shard))
+            self._entries.append(Entry(video.name, video.label, len(mean), bool(mirrored), shard, video.text))
             self._tensors |= {f"{number}.mean": mean.contiguous(), f"{number}.std": std.contiguous()}
         if sum(tensor.nbytes for tensor in self._tensors.values()) >= self.limit:
             self.flush()

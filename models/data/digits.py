@@ -10,15 +10,18 @@ from torch import Tensor
 from models.data.seeded import Sample, SeededDataset
 from models.motion.forms import to_network
 
+_NAMES = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
+_WAYS = ("right", "down and right", "down", "down and left", "left", "up and left", "up", "up and right")  # clockwise
 _REACH = 7 / 16  # of a centre, where the frame is [-1, 1]: bilinear sampling widens the eight pixels to nine
 
 
 class MovingDigits(SeededDataset):
-    """A digit that moves and bounces off the edges: {"video": float32 (F, C, size, size), "label": int64}.
+    """A digit that moves and bounces off the edges: {"video": float32 (F, C, size, size), "label", "caption": int64}.
 
     The background is -1, the ink up to 1; with 3 channels each clip's ink has a colour. The digit is half as wide as
     the frame, its velocity constant between bounces, its position continuous (sampled bilinearly). The label is the
-    digit, 0 to 9. Deterministic by (seed, epoch, index); `length` only says how many samples an epoch has.
+    digit, 0 to 9; the caption says it and the way to its place in frame 1, of eight: "a seven moving up and left".
+    Deterministic by (seed, epoch, index); `length` only says how many samples an epoch has.
 
     With `motion` a sample has "motion" float32 (F, 3, size, size) too, exact, in the network's form (see
     models.motion.forms). A pixel of frame i that has ink moves with the digit: its flow leads to the digit's place in
@@ -27,6 +30,7 @@ class MovingDigits(SeededDataset):
     """
 
     classes = tuple(str(digit) for digit in range(10))
+    captions = tuple(f"{name} moving {way}" for name in _NAMES for way in _WAYS)
 
     def __init__(
         self,
@@ -56,23 +60,25 @@ class MovingDigits(SeededDataset):
         """A random digit image on a random path."""
         images, labels = _digits()
         which = int(rng.integers(len(images)))
-        centres = self._path(rng)
+        centres, way = self._path(rng)
         ink = _render(images[which], centres, self.size)
         colour = torch.from_numpy(rng.uniform(0.3, 1, self.channels) if self.channels == 3 else np.ones(1))
         video = 2 * ink[:, None] * (colour / colour.max()).float().view(-1, 1, 1) - 1
-        sample = {"video": video, "label": labels[which]}
+        sample = {"video": video, "label": labels[which], "caption": len(_WAYS) * labels[which] + way}
         if self.motion:
             sample["motion"] = _motion(ink, centres)
         return sample
 
-    def _path(self, rng: np.random.Generator) -> Tensor:
-        """Centres (F, 2) of the digit as (x, y), where the frame is [-1, 1]."""
+    def _path(self, rng: np.random.Generator) -> tuple[Tensor, int]:
+        """Centres (F, 2) of the digit as (x, y), where the frame is [-1, 1], and the number of its first way."""
         start, angle = rng.uniform(-_REACH, _REACH, 2), rng.uniform(0, 2 * np.pi)
         speed = rng.uniform(0.04, 0.12)  # of half the frame's width, a frame
         step = speed * np.array([np.cos(angle), np.sin(angle)])
-        straight = start + step * np.arange(self.num_frames)[:, None]
+        straight = start + step * np.arange(max(self.num_frames, 2))[:, None]
         folded = np.abs((straight - _REACH) % (4 * _REACH) - 2 * _REACH) - _REACH  # reflected at both edges
-        return torch.from_numpy(folded).float()
+        dx, dy = folded[1] - folded[0]
+        way = round(np.arctan2(dy, dx) / (2 * np.pi) * len(_WAYS)) % len(_WAYS)
+        return torch.from_numpy(folded[: self.num_frames]).float(), way
 
 
 def _render(image: Tensor, centres: Tensor, size: int) -> Tensor:

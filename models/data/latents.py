@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from models.data.listing import numbered_captions
 from models.data.seeded import Sample, SeededDataset, torch_generator
 
 INDEX = "index.json"
@@ -20,13 +21,14 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One encoded video: its name in the source, its class, its frames, whether mirrored, and its shard's file."""
+    """One encoded video: its name in the source, class, frames, whether mirrored, its shard's file, its caption."""
 
     name: str
     label: int
     frames: int
     mirrored: bool
     shard: str
+    text: str = ""
 
 
 @dataclass
@@ -66,7 +68,8 @@ class LatentDataset(SeededDataset):
     """One clip of each encoded video: {"latent": float32 (F, C, h, w), "label": int64}, scaled for the model.
 
     The place of the clip in its video, its mirroring (where the folder holds both) and a draw from the VAE's posterior
-    are a function of (seed, epoch, index). Videos too short for a clip are left out: `too_short` names them.
+    are a function of (seed, epoch, index). Videos too short for a clip are left out: `too_short` names them. Where the
+    videos have texts, `captions` are the distinct ones and "caption" int64 is the video's number there.
     """
 
     def __init__(self, folder: str | Path, *, num_frames: int = 16, frame_interval: int = 1, seed: int = 0) -> None:
@@ -78,6 +81,8 @@ class LatentDataset(SeededDataset):
         self.folder, self.num_frames, self.frame_interval = Path(folder), num_frames, frame_interval
         self.index = read_index(folder)
         self.classes = self.index.classes
+        self._captions = numbered_captions(entry.text for entry in self.index.entries)
+        self.captions = tuple(self._captions)
         self._span = (num_frames - 1) * frame_interval + 1
         videos: dict[str, list[int]] = {}
         for number, entry in enumerate(self.index.entries):
@@ -104,4 +109,7 @@ class LatentDataset(SeededDataset):
             )
         noise = torch.randn(mean.shape, generator=torch_generator(rng))
         latent = (mean + std * noise - self.index.shift_factor) * self.index.scaling_factor
-        return {"latent": latent, "label": torch.tensor(entry.label)}
+        sample = {"latent": latent, "label": torch.tensor(entry.label)}
+        if self.captions:
+            sample["caption"] = torch.tensor(self._captions[entry.text])
+        return sample

@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +13,20 @@ SUFFIXES = frozenset(
     | {".ogv", ".ts", ".vob", ".webm", ".wmv"}
 )
 _log = logging.getLogger(__name__)
-_FIELDS = ("path", "label", "start")
+_FIELDS = ("path", "label", "start", "text")
+_LISTED = "path, label, start and text"
+_Row = dict[str, str]  # every field's text, "" where there is none
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video file: where it is, its name in reports, its class, and the frame where a clip must start (None: any)."""
+    """A video file: where it is, its name in reports, its class, and what a manifest may say of it besides."""
 
     path: Path
     name: str
     label: int
-    start: int | None = None
+    start: int | None = None  # the frame where a clip must start; None: any
+    text: str = ""  # its caption
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ def list_videos(source: str | Path) -> Listing:
     """List a folder (searched through), a manifest (.csv, .txt, .jsonl) or one video file.
 
     A folder's classes are the names of its direct sub-folders, sorted; files beside them are of class ".". A manifest
-    line is `path[,label[,start]]`, with an optional header, or an object with these keys; paths are relative to the
-    manifest. Labels that are all numbers are taken as they are, others are numbered in sorted order; none means 0.
+    line is `path[,label[,start[,text]]]`, or what a header `path,text`, say, names, or an object with these keys; paths
+    are relative to the manifest. Labels that are all numbers are taken as they are, others are numbered in sorted
+    order; none means 0. `text` is the caption, in quotes where it has a comma.
 
     Files of a folder that are not videos by their name are told in one line of the log. Raises FileNotFoundError for a
     missing source and ValueError for one that names no video or has a bad line.
@@ -85,32 +89,53 @@ def _list_manifest(manifest: Path) -> Listing:
     if manifest.suffix not in (".csv", ".txt", ".jsonl"):
         raise ValueError(f"{manifest.name} is no video, and a manifest of videos must be .csv, .txt or .jsonl")
     rows = list(_read_jsonl(manifest) if manifest.suffix == ".jsonl" else _read_csv(manifest))
-    labels = {label for _, label, _ in rows}
+    labels = {row["label"] or "0" for row, _ in rows}
     if all(label.isdecimal() for label in labels):
         number = {label: int(label) for label in labels}
         classes = [str(index) for index in range(max(number.values(), default=-1) + 1)]
     else:
         classes = sorted(labels)
         number = {label: index for index, label in enumerate(classes)}
-    videos = [Video(manifest.parent / path, path, number[label], start) for path, label, start in rows]
+    videos = [
+        Video(
+            manifest.parent / row["path"],
+            row["path"],
+            number[row["label"] or "0"],
+            _start(row["start"], where),
+            row["text"],
+        )
+        for row, where in rows
+    ]
     return Listing(videos, classes, [])
 
 
-def _read_csv(manifest: Path) -> Iterator[tuple[str, str, int | None]]:
+def _read_csv(manifest: Path) -> Iterator[tuple[_Row, str]]:
+    """Each line's fields and its place."""
+    columns: Sequence[str] = _FIELDS
     with open(manifest, newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         for row in reader:
             fields = [field.strip() for field in row]
-            if not any(fields) or fields == list(_FIELDS[: len(fields)]):
+            if not any(fields):
                 continue
             where = f"{manifest}:{reader.line_num}"
-            if len(fields) > len(_FIELDS) or not fields[0]:
-                raise ValueError(f"{where}: a line must be path[,label[,start]], got {','.join(row)}")
-            path, label, start = fields + [""] * (len(_FIELDS) - len(fields))
-            yield path, label or "0", _start(start, where)
+            if fields[0] == "path":
+                if not set(fields) <= set(_FIELDS):
+                    raise ValueError(f"{where}: a header must be of {_LISTED}, got {','.join(row)}")
+                columns = fields
+                continue
+            if len(fields) > len(columns) or not fields[0]:
+                raise ValueError(f"{where}: a line must be {_form(columns)}, got {','.join(row)}")
+            yield {**dict.fromkeys(_FIELDS, ""), **dict(zip(columns, fields, strict=False))}, where
 
 
-def _read_jsonl(manifest: Path) -> Iterator[tuple[str, str, int | None]]:
+def _form(columns: Sequence[str]) -> str:
+    """path[,label[,start]] for these three."""
+    return "[,".join(columns) + "]" * (len(columns) - 1)
+
+
+def _read_jsonl(manifest: Path) -> Iterator[tuple[_Row, str]]:
+    """Each line's fields and its place."""
     with open(manifest, encoding="utf-8") as file:
         for line_number, line in enumerate(file, 1):
             where = f"{manifest}:{line_number}"
@@ -121,11 +146,17 @@ def _read_jsonl(manifest: Path) -> Iterator[tuple[str, str, int | None]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON: {error}") from error
             if not isinstance(record, dict) or not {"path"} <= set(record) <= set(_FIELDS):
-                raise ValueError(f"{where}: a line must be an object with path, label and start, got {line.strip()}")
-            yield str(record["path"]), str(record.get("label", 0)), _start(str(record.get("start", "")), where)
+                raise ValueError(f"{where}: a line must be an object with {_LISTED}, got {line.strip()}")
+            yield {field: str(record.get(field, "")) for field in _FIELDS}, where
 
 
 def _start(text: str, where: str) -> int | None:
     if text and not re.fullmatch(r"\d+", text):
         raise ValueError(f"{where}: start must be a frame number of at least 0, got {text!r}")
     return int(text) if text else None
+
+
+def numbered_captions(texts: Iterable[str]) -> dict[str, int]:
+    """The distinct texts, numbered in their order; none at all where every text is empty."""
+    distinct = dict.fromkeys(texts)
+    return {text: number for number, text in enumerate(distinct)} if any(distinct) else {}

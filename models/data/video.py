@@ -13,7 +13,7 @@ import torch
 
 from models.data.decode import VideoError, frame_table, read_frames
 from models.data.frames import to_clip
-from models.data.listing import Video, list_videos
+from models.data.listing import Video, list_videos, numbered_captions
 from models.data.seeded import Sample, SeededDataset
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class VideoFolder(SeededDataset):
     A clip is `num_frames` frames, `frame_interval` apart, from a place drawn anew each epoch (or the manifest's
     `start`), resized until it covers `size` and cropped. With `use_image_num` > 0 that many single frames of videos
     drawn from the whole set follow the clip's along F, for image-video joint training, with "image_label" int64 (I,).
+    Where the manifest has texts, `captions` are the distinct ones and "caption" int64 is the video's number there.
 
     A file that cannot give the clip is reported once, by whichever worker meets it first, and the next one that can
     takes its place; `report()` counts them over all workers. A sample is a function of (seed, epoch, index) alone.
@@ -72,6 +73,8 @@ class VideoFolder(SeededDataset):
         self.crop, self.flip = crop, flip
         listing = list_videos(source)
         self.videos, self.classes, self._others = listing.videos, listing.classes, listing.others
+        self._captions = numbered_captions(video.text for video in self.videos)
+        self.captions = tuple(self._captions)
         self._unreadable = get_context("spawn").Array("b", len(self.videos))
 
     def __len__(self) -> int:
@@ -92,6 +95,8 @@ class VideoFolder(SeededDataset):
         video, frames = self._first_readable(index, partial(self._read_clip, place))
         clip = to_clip(frames, self.size, crop=window, mirror=mirror)
         sample = {"label": torch.tensor(video.label)}
+        if self.captions:
+            sample["caption"] = torch.tensor(self._captions[video.text])
         if images:
             stills = [
                 self._first_readable(pick, partial(_read_still, time))

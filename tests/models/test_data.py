@@ -303,15 +303,42 @@ def test_manifests_name_paths_labels_and_starts(folder: Path, tmp_path: Path) ->
     assert numbers(sample["video"]) == [127, 128]
 
 
+def test_manifests_caption_videos(folder: Path, tmp_path: Path) -> None:
+    paths = [str(folder / name / "clip.mp4") for name in ("cat", "ape")]
+    texts = ["a cat, running", "an ape"]
+    (tmp_path / "a.csv").write_text(f'path,text\n{paths[0]},"{texts[0]}"\n{paths[1]},{texts[1]}\n{paths[1]}\n')
+    (tmp_path / "b.txt").write_text(f'{paths[0]},3,0,"{texts[0]}"\n{paths[1]},1,,{texts[1]}\n')
+    lines = [{"path": path, "text": text} for path, text in zip(paths, texts, strict=True)]
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    assert [video.text for video in list_videos(tmp_path / "a.csv").videos] == [*texts, ""]
+    for name in ("b.txt", "c.jsonl"):
+        assert [video.text for video in list_videos(tmp_path / name).videos] == texts
+    assert [(v.label, v.start) for v in list_videos(tmp_path / "b.txt").videos] == [(3, 0), (1, None)]
+
+    (tmp_path / "d.csv").write_text("path,text\n" + "".join(f"{paths[i % 2]},{'ba'[i % 2]}\n" for i in range(4)))
+    dataset = VideoFolder(tmp_path / "d.csv", num_frames=2, size=(48, 64))
+    assert dataset.captions == ("b", "a")
+    assert [int(dataset[i]["caption"]) for i in range(4)] == [0, 1, 0, 1]
+    plain = VideoFolder(folder, num_frames=2, size=(48, 64))
+    assert plain.captions == ()
+    assert "caption" not in plain[0]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "x.mp4,1,2,3\n", r"a\.csv:1: a line must be path\[,label\[,start\]\], got x\.mp4,1,2,3"),
+        (
+            "a.csv",
+            "x.mp4,1,2,3,4\n",
+            r"a\.csv:1: a line must be path\[,label\[,start\[,text\]\]\], got x\.mp4,1,2,3,4",
+        ),
+        ("a.csv", "path,text\nx.mp4,1,2\n", r"a\.csv:2: a line must be path\[,text\], got x\.mp4,1,2"),
+        ("a.csv", "path,caption\n", r"a\.csv:1: a header must be of path, label, start and text, got path,caption"),
         ("a.txt", "x.mp4\ny.mp4,1,-2\n", "a.txt:2: start must be a frame number of at least 0, got '-2'"),
         (
             "a.jsonl",
             '{"path": "x.mp4", "lable": 1}\n',
-            "a.jsonl:1: a line must be an object with path, label and start",
+            "a.jsonl:1: a line must be an object with path, label, start and text, got",
         ),
         ("a.jsonl", "x.mp4\n", "a.jsonl:1: not JSON"),
         ("a.csv", "", "no video files in"),
@@ -363,6 +390,25 @@ def test_a_digit_keeps_its_ink_and_speed() -> None:
         assert 0.02 * size - 0.1 < np.linalg.norm(np.median(steps, 0)) < 0.06 * size + 0.1
         bounces = (np.abs(steps - np.median(steps, 0)) > 0.15).sum()
         assert bounces <= 2 * np.median(steps, 0).sum() * 40 / size + 4
+
+
+def test_the_caption_of_a_digit_is_what_it_does() -> None:
+    ways = {"right": 0, "down and right": 45, "down": 90, "down and left": 135, "left": 180}
+    ways |= {"up and left": 225, "up": 270, "up and right": 315}
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    size, grid = 64, np.arange(64)
+    dataset = MovingDigits(num_frames=2, size=size)
+    assert len(set(dataset.captions)) == len(dataset.captions) == 80
+    for index in range(100):
+        sample = dataset[index]
+        ink = (sample["video"][:, 0].double().numpy() + 1) / 2
+        centre = np.stack([(ink.sum(1) * grid).sum(1), (ink.sum(2) * grid).sum(1)], 1) / ink[0].sum()
+        dx, dy = centre[1] - centre[0]
+        _, name, _, way = dataset.captions[sample["caption"]].split(" ", 3)
+        assert name == names[sample["label"]]
+        turn = (np.degrees(np.arctan2(dy, dx)) - ways[way]) % 360
+        assert min(turn, 360 - turn) < 22.6
+    assert torch.equal(MovingDigits(num_frames=1, size=16)[3]["video"], MovingDigits(size=16)[3]["video"][:1])
 
 
 def test_digits_are_seeded_coloured_and_of_any_length() -> None:

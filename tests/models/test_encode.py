@@ -99,6 +99,23 @@ def test_latents_are_the_posterior_of_every_frame(
     assert [record.getMessage().split(": ")[:2] for record in caplog.records] == [["a/text.mp4", "skipped"]]
 
 
+def test_latents_carry_the_captions_of_their_videos(config: EncodeConfig, videos: Path, tmp_path: Path) -> None:
+    lines = [f"{videos / name},{text}\n" for name, text in (("a/0.mp4", "bars"), ("b/1.mp4", ""), ("a/2.mp4", "bars"))]
+    (tmp_path / "list.csv").write_text("path,text\n" + "".join(lines))
+    encode(replace(config, videos=tmp_path / "list.csv"))
+    dataset = LatentDataset(config.out, num_frames=4)
+    assert dataset.captions == ("bars", "")
+    assert [int(dataset[i]["caption"]) for i in range(3)] == [0, 1, 0]
+
+    index = json.loads((config.out / "index.json").read_text())
+    for entry in index["entries"]:
+        del entry["text"]  # as in folders written before there were captions
+    (config.out / "index.json").write_text(json.dumps(index))
+    dataset = LatentDataset(config.out, num_frames=4)
+    assert dataset.captions == ()
+    assert "caption" not in dataset[0]
+
+
 def test_workers_shards_and_dtype_change_no_entry(config: EncodeConfig, tmp_path: Path) -> None:
     encode(config)
     encode(replace(config, out=tmp_path / "workers", workers=2, shard_mib=0.02))
