@@ -42,6 +42,8 @@ class LoadReport:
         naming: "latte", "fvdm" or "diffusers".
         loaded: keys of the model that were loaded.
         computed: position tables that were computed for this model and not loaded.
+        widened: keys that got zeros for input channels that the checkpoint lacks: the patch embedding of a network that
+            is told given frames by more channels, which so begins as the network that the checkpoint holds.
         cast: keys whose values were converted to the model's dtype, with both dtypes.
         missing: keys of the model that the checkpoint lacks (``strict=False`` only).
         unexpected: keys of the checkpoint that the model lacks (``strict=False`` only).
@@ -52,6 +54,7 @@ class LoadReport:
     naming: str
     loaded: tuple[str, ...]
     computed: tuple[str, ...] = ()
+    widened: tuple[str, ...] = ()
     cast: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -61,7 +64,7 @@ class LoadReport:
         """One line."""
         source = f"entry '{self.entry}'" if self.entry else "a bare state dict"
         parts = [f"{len(self.loaded)} tensors loaded from {source} in {self.naming} naming"]
-        for what in ("computed", "cast", "missing", "unexpected", "mismatched"):
+        for what in ("computed", "widened", "cast", "missing", "unexpected", "mismatched"):
             keys = getattr(self, what)
             parts += [f"{what}: {_listed(keys)}"] if keys else []
         return "; ".join(parts)
@@ -94,6 +97,7 @@ def load_weights(
     content = read_checkpoint(source) if isinstance(source, str | Path) else source
     found, weights = _select_entry(content, entry, where)
     naming, weights, notes = _in_latte_naming(_without_wrappers(weights), model)
+    widened = _widen_patch_embedding(weights, model)
     own = model.state_dict()
     computed = [key for key in POSITIONS if key in own and not _same_shape(key, weights, own)]
     dropped = {*computed, *(key for key in POSITIONS if key not in own)}
@@ -105,6 +109,7 @@ def load_weights(
         naming=naming,
         loaded=tuple(key for key in wanted if key in weights and key not in mismatched),
         computed=tuple(computed),
+        widened=widened,
         cast=tuple(
             f"{key} ({_dtype(weights[key])} to {_dtype(own[key])})"
             for key in wanted
@@ -197,6 +202,17 @@ def _in_latte_naming(weights: dict[str, Tensor], model: Latte) -> tuple[str, dic
             raise CheckpointError(f"FVDM's weights need variant 1, got a model of variant {model.config.variant}")
         return "fvdm", {latte_name(key): value for key, value in weights.items()}, ""
     return "latte", weights, ""
+
+
+def _widen_patch_embedding(weights: dict[str, Tensor], model: Latte) -> tuple[str, ...]:
+    """Append zeros for the channels of given frames to the patch embedding of a network without them."""
+    key, config = "x_embedder.proj.weight", model.config
+    if config.image_condition != "concat" or key not in weights or weights[key].shape[1] != config.in_channels:
+        return ()
+    weight = weights[key]
+    lacking = config.embedded_channels - config.in_channels
+    weights[key] = torch.cat([weight, weight.new_zeros(weight.shape[0], lacking, *weight.shape[2:])], dim=1)
+    return (key,)
 
 
 DIFFUSERS_DIFFERENCES = (

@@ -56,6 +56,11 @@ class LatteConfig:
         text_size: length of a flattened text embedding (77 * 768 for CLIP's); None is without text.
         text_dropout: how often a sample's text becomes the null text, all zeros, in training. The projection's bias is
             what a network then sees of the text, so that the null is learned without a parameter of its own.
+        image_condition: how the network is given frames (image-to-video); None: it is not. Either way given frames come
+            in clean and at timestep 0, as FVDM has them, whatever x and t say there (ConsistI2V leaves them the clip's
+            timestep). "replace": that is all (ConsistI2V, Ren et al. 2024, replaces the first frame's noise so).
+            "concat": the patch embedding also takes the given frames, zero elsewhere, and their mask, 2C + 1 channels
+            in all (SEINE, Chen et al. 2023; Wan 2.1).
     """
 
     input_size: int | tuple[int, int] = 32
@@ -74,6 +79,7 @@ class LatteConfig:
     class_dropout: float = 0.1
     text_size: int | None = None
     text_dropout: float = 0.0
+    image_condition: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
@@ -93,6 +99,7 @@ class LatteConfig:
             ("num_heads", divided, f"a divisor of hidden_size = {self.hidden_size}"),
             ("text_size", self.num_classes is None or self.text_size is None, "None where num_classes is given"),
             ("class_dropout", 0 <= self.class_dropout < 1, "in [0, 1)"),
+            ("image_condition", self.image_condition in (None, "concat", "replace"), "None, concat or replace"),
             ("text_dropout", 0 <= self.text_dropout < 1, "in [0, 1)"),
         )
         for name, holds, wanted in rules:
@@ -113,6 +120,11 @@ class LatteConfig:
         return TUBELET_FRAMES if self.patch_embedding == "tubelet" else 1
 
     @property
+    def embedded_channels(self) -> int:
+        """Channels that the patch embedding takes."""
+        return 2 * self.in_channels + 1 if self.image_condition == "concat" else self.in_channels
+
+    @property
     def out_channels(self) -> int:
         """Channels of the output."""
         return 2 * self.in_channels if self.learn_sigma else self.in_channels
@@ -120,7 +132,13 @@ class LatteConfig:
     @property
     def conditions(self) -> tuple[str, ...]:
         """Names of the conditions that ``forward`` wants."""
-        wanted = {"y": self.num_classes is not None, "text": self.text_size is not None}
+        images = self.image_condition is not None
+        wanted = {
+            "y": self.num_classes is not None,
+            "text": self.text_size is not None,
+            "known": images,
+            "given": images,
+        }
         return tuple(name for name, given in wanted.items() if given)
 
     @property
@@ -183,7 +201,7 @@ class Latte(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         size = config.hidden_size
-        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, size, config.patch_frames)
+        self.x_embedder = PatchEmbed(config.patch_size, config.embedded_channels, size, config.patch_frames)
         self.t_embedder = TimestepEmbedder(size)
         if config.num_classes is not None:
             self.y_embedder = LabelEmbedder(config.num_classes, size, dropout=0.0)  # forward drops
@@ -211,6 +229,8 @@ class Latte(nn.Module):
         text: Tensor | None = None,
         num_images: int = 0,
         image_labels: Tensor | None = None,
+        known: Tensor | None = None,
+        given: Tensor | None = None,
         dropped: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Predict the noise, and with ``learn_sigma`` the variance, of noisy clips.
@@ -224,6 +244,9 @@ class Latte(nn.Module):
             num_images: joint training on images: so many of x's last frames are single images, which no attention over
                 frames connects to anything.
             image_labels: (B, num_images) int64 labels of the images, for a class-conditional model.
+            known: (B, F, C, H, W), clean clips of which the given frames are read, in the form of x. Wanted by an
+                image-conditioned model only.
+            given: bool (B, F), true for the given frames; the prediction of these means nothing.
             dropped: bool (B,) for "y" or "text": the samples whose labels, those of the images among them, become the
                 null class, or whose text becomes zeros. None: drawn in training by the configuration's ``dropouts``.
 
@@ -235,10 +258,13 @@ class Latte(nn.Module):
             ValueError: a shape that does not fit, or a condition that is missing or unknown to this model.
         """
         self._check(x, t, y, text, num_images, image_labels)
+        self._check_given(x, num_images, known, given)
         dropped = resolve_dropped(dropped, self.config.dropouts, len(x), x.device, training=self.training)
         y = _masked(y, dropped.get("y"), self.config.num_classes)
         image_labels = _masked(image_labels, dropped.get("y"), self.config.num_classes)
         text = _masked(text, dropped.get("text"), 0)
+        if known is not None and given is not None:
+            x, t = self._with_given(x, t, known, given)
         frames = x.shape[1] - num_images
         time = self.t_embedder(t if t.dim() == 2 else t[:, None])  # (B, 1 or F, D)
         label = self.y_embedder(y)[:, None] if y is not None else None
@@ -271,6 +297,15 @@ class Latte(nn.Module):
         cond, uncond = epsilon.chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)
         return torch.cat([torch.cat([guided, guided]), rest], dim=2)
+
+    def _with_given(self, x: Tensor, t: Tensor, known: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Put clean frames and timestep 0 where frames are given; with "concat", append these frames and the mask."""
+        t = (t if t.dim() == 2 else t[:, None]).masked_fill(given, 0)
+        mask = given[:, :, None, None, None]
+        x = torch.where(mask, known, x)
+        if self.config.image_condition == "concat":
+            x = torch.cat([x, x.masked_fill(~mask, 0), mask.to(x.dtype).expand_as(x[:, :, :1])], dim=2)
+        return x, t
 
     def _denoise(
         self, x: Tensor, time: Tensor, label: Tensor | None, prompt: Tensor | None = None, in_time: bool = True
@@ -362,6 +397,15 @@ class Latte(nn.Module):
         _check_condition("image_labels", image_labels, (batch, num_images) if labelled else None)
         if (text is None) != (config.text_size is None):
             raise ValueError(f"text must be {'None' if text is not None else 'given'}: text_size is {config.text_size}")
+
+    def _check_given(self, x: Tensor, num_images: int, known: Tensor | None, given: Tensor | None) -> None:
+        wanted = self.config.image_condition is not None
+        if wanted and num_images:
+            raise ValueError(f"num_images must be 0 with image_condition, got {num_images}")
+        _check_condition("known", known, tuple(x.shape) if wanted else None)
+        _check_condition("given", given, tuple(x.shape[:2]) if wanted else None)
+        if given is not None and given.dtype != torch.bool:
+            raise ValueError(f"given must be torch.bool, got {given.dtype}")
 
 
 def _check_condition(name: str, value: Tensor | None, wanted: tuple[int, ...] | None) -> None:
