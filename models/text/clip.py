@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel, PreTrainedModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import logging
 
 from models.digest import sha256_of
 from models.text.encoder import warn_of_cuts
 
 _BATCH = 64  # texts in one call of the network
+_VOCABULARIES = ("tokenizer.json", "vocab.json")
 _M = TypeVar("_M", bound=PreTrainedModel)
 
 
@@ -75,7 +77,10 @@ def load_clip_text(folder: str, device: str | torch.device = "cpu") -> ClipText:
     """
     model = _load(CLIPTextModel, folder, "text_encoder", device)
     root = Path(folder) / "tokenizer"
-    return ClipText(model, _from_folder(CLIPTokenizer, root if root.is_dir() else Path(folder)))
+    root = root if root.is_dir() else Path(folder)
+    if not any((root / name).exists() for name in _VOCABULARIES):  # transformers would make one of no words
+        raise ValueError(f"{root} has no tokenizer: wanted {' or '.join(_VOCABULARIES)}")
+    return ClipText(model, _from_folder(CLIPTokenizer, root))
 
 
 def load_clip_image(folder: str, device: str | torch.device = "cpu") -> ClipImage:
@@ -99,8 +104,12 @@ def _load(kind: type[_M], folder: str, part: str, device: str | torch.device) ->
 def _from_folder(kind: Any, folder: Path, **options: Any) -> Any:
     if not folder.is_dir():
         raise ValueError(f'no folder {folder}: want "wordllama" or the local folder of a CLIP model')
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a whole CLIP has the other side's weights too, each of which would be told
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load a {kind.__name__} from {folder}: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
