@@ -5,15 +5,13 @@ reads. A run that was killed goes on with the videos that are not yet in the ind
 """
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import safetensors.torch
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
@@ -25,12 +23,13 @@ from models.autoencoder import downsampling, load_autoencoder, posterior, scalin
 from models.command_line import UsageError, one_line_errors, parse
 from models.data.decode import VideoError, decode, frame_table
 from models.data.frames import to_clip
-from models.data.latents import INDEX, Entry, Index, read_index
+from models.data.latents import Entry, Index, read_index
 from models.data.listing import Video, list_videos
+from models.data.shards import ShardWriter, resume
 from models.digest import sha256_of
-from models.training.checkpointing import atomic_file
 
 PROG = "python -m models.encode"
+_SAME = ("vae_sha256", "dtype", "size", "flip", "classes")  # of a folder's latents
 _log = logging.getLogger(__name__)
 
 
@@ -70,9 +69,8 @@ def encode(config: EncodeConfig) -> Index:
     vae = load_autoencoder(config.vae, dtype=getattr(torch, config.dtype), device=config.device)
     if config.size % downsampling(vae):
         raise UsageError(f"--size wants a multiple of the autoencoder's {downsampling(vae)}, got {config.size}")
-    writer = ShardWriter(
-        config.out, _resume(config, _new_index(config, vae, listing.classes)), config.shard_mib * 2**20
-    )
+    index = resume(config.out, _new_index(config, vae, listing.classes), read_index, _SAME, "latents")
+    writer = ShardWriter(config.out, "latents", index, config.shard_mib * 2**20)
     done = {entry.name for entry in writer.index.entries}
     todo = list({video.name: video for video in listing.videos if video.name not in done}.values())
     loader = DataLoader(_Frames(todo, config.size, config.batch_size), batch_size=None, num_workers=config.workers)
@@ -90,7 +88,7 @@ def encode(config: EncodeConfig) -> Index:
                 skipped += 1
                 _log.warning("%s: skipped: %s", todo[number].name, error)
             else:
-                writer.add(todo[number], [torch.cat(part) for part in zip(*encoded, strict=True)])
+                writer.add(_entries(todo[number], [torch.cat(part) for part in zip(*encoded, strict=True)]))
             progress.update()
     writer.flush()
     entries = writer.index.entries
@@ -101,38 +99,6 @@ def encode(config: EncodeConfig) -> Index:
     if not entries:
         raise ValueError(f"none of the {len(listing.videos)} videos in {config.videos} could be read")
     return writer.index
-
-
-class ShardWriter:
-    """Collects encoded videos and writes them as shards, each there whole or not at all, the index after the shard.
-
-    A kill between the two leaves a shard that no entry names; the next shard takes its name.
-    """
-
-    def __init__(self, folder: Path, index: Index, limit: float) -> None:
-        """Write under `folder`, going on after the entries of `index`; a shard is closed at `limit` bytes."""
-        self.folder, self.index, self.limit = folder, index, limit
-        self._entries: list[Entry] = []
-        self._tensors: dict[str, Tensor] = {}
-
-    def add(self, video: Video, latents: Sequence[Tensor]) -> None:
-        """Take the latents (T, C, h, w) of a video: mean, std and, if mirrored too, those of the mirror."""
-        shard = f"latents-{len({entry.shard for entry in self.index.entries}):05d}.safetensors"
-        for mirrored, (mean, std) in enumerate(zip(latents[::2], latents[1::2], strict=True)):
-            number = len(self.index.entries) + len(self._entries)
-            self._entries.append(Entry(video.name, video.label, len(mean), bool(mirrored), shard, video.text))
-            self._tensors |= {f"{number}.mean": mean.contiguous(), f"{number}.std": std.contiguous()}
-        if sum(tensor.nbytes for tensor in self._tensors.values()) >= self.limit:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what was collected as one shard, and then the index."""
-        if not self._entries:
-            return
-        _write(self.folder / self._entries[0].shard, safetensors.torch.save(self._tensors))
-        self.index = replace(self.index, entries=[*self.index.entries, *self._entries])
-        _write(self.folder / INDEX, self.index.to_json().encode())
-        self._entries, self._tensors = [], {}
 
 
 class _Frames(IterableDataset[tuple[int, Tensor | None, str]]):
@@ -159,34 +125,18 @@ class _Frames(IterableDataset[tuple[int, Tensor | None, str]]):
             yield number, None, error
 
 
+def _entries(video: Video, latents: Sequence[Tensor]) -> list[tuple[Entry, dict[str, Tensor]]]:
+    """Entry and tensors of a video's latents (T, C, h, w): mean, std and, if mirrored too, those of the mirror."""
+    return [
+        (Entry(video.name, video.label, len(mean), bool(mirrored), "", video.text), {"mean": mean, "std": std})
+        for mirrored, (mean, std) in enumerate(zip(latents[::2], latents[1::2], strict=True))
+    ]
+
+
 def _new_index(config: EncodeConfig, vae: AutoencoderKL, classes: list[str]) -> Index:
     scale, shift = scaling(vae)
     size = (config.size, config.size)
     return Index(config.vae, sha256_of(vae.state_dict()), scale, shift, config.dtype, size, config.flip, classes)
-
-
-def _resume(config: EncodeConfig, new: Index) -> Index:
-    """The index in `out` if there is one that was made the same way, else `new`; half-written files are deleted."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    for partial in config.out.glob(".*.tmp"):
-        partial.unlink()
-    if not (config.out / INDEX).exists():
-        return new
-    old = read_index(config.out)
-    for name in ("vae_sha256", "dtype", "size", "flip", "classes"):
-        if getattr(old, name) != getattr(new, name):
-            raise UsageError(
-                f"{config.out} holds latents of another {name}: {getattr(old, name)}, now {getattr(new, name)}; "
-                "want another --out"
-            )
-    return old
-
-
-def _write(path: Path, data: bytes) -> None:
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,8 +15,7 @@ from safetensors import safe_open
 
 from models.data.listing import numbered_captions
 from models.data.seeded import Sample, SeededDataset, torch_generator
-
-INDEX = "index.json"
+from models.data.shards import INDEX
 
 
 @dataclass(frozen=True)
