@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.fvdm import latte_name
 from models.latte import Latte
@@ -39,7 +39,7 @@ class LoadReport:
 
     Attributes:
         entry: the checkpoint's entry that was loaded: "ema", "model", or "" for a bare state dict.
-        naming: "latte", "fvdm" or "diffusers".
+        naming: "latte", "fvdm" or "diffusers"; "own" for a model that is no Latte.
         loaded: keys of the model that were loaded.
         computed: position tables that were computed for this model and not loaded.
         widened: keys that got zeros for input channels that the checkpoint lacks: the patch embedding of a network that
@@ -71,7 +71,7 @@ class LoadReport:
 
 
 def load_weights(
-    model: Latte, source: str | Path | Mapping[str, Any], *, entry: str | None = None, strict: bool = True
+    model: nn.Module, source: str | Path | Mapping[str, Any], *, entry: str | None = None, strict: bool = True
 ) -> LoadReport:
     """Load weights into a model, whatever training code saved them.
 
@@ -97,7 +97,7 @@ def load_weights(
     content = read_checkpoint(source) if isinstance(source, str | Path) else source
     found, weights = _select_entry(content, entry, where)
     naming, weights, notes = _in_latte_naming(_without_wrappers(weights), model)
-    widened = _widen_patch_embedding(weights, model)
+    widened = _widen_patch_embedding(weights, model) if isinstance(model, Latte) else ()
     own = model.state_dict()
     computed = [key for key in POSITIONS if key in own and not _same_shape(key, weights, own)]
     dropped = {*computed, *(key for key in POSITIONS if key not in own)}
@@ -193,8 +193,10 @@ def _without_wrappers(weights: StateDict) -> dict[str, Tensor]:
     return {".".join(p for p in key.split(".") if p not in WRAPPERS): value for key, value in weights.items()}
 
 
-def _in_latte_naming(weights: dict[str, Tensor], model: Latte) -> tuple[str, dict[str, Tensor], str]:
+def _in_latte_naming(weights: dict[str, Tensor], model: nn.Module) -> tuple[str, dict[str, Tensor], str]:
     """Return (naming found, weights by our names, what an error should add)."""
+    if not isinstance(model, Latte):
+        return "own", weights, ""
     if any(key.startswith(("transformer_blocks.", "temporal_transformer_blocks.")) for key in weights):
         return "diffusers", from_diffusers(weights), DIFFUSERS_DIFFERENCES
     if any(key.startswith(("blocks_spatial.", "blocks_temp.")) for key in weights):
@@ -204,12 +206,14 @@ def _in_latte_naming(weights: dict[str, Tensor], model: Latte) -> tuple[str, dic
     return "latte", weights, ""
 
 
-def _widen_patch_embedding(weights: dict[str, Tensor], model: Latte) -> tuple[str, ...]:
+def _widen_patch_embedding(weights: dict[str, Tensor], model: nn.Module) -> tuple[str, ...]:
     """Append zeros for the channels of given frames to the patch embedding of a network without them."""
-    key, config = "x_embedder.proj.weight", model.config
-    if config.image_condition != "concat" or key not in weights or weights[key].shape[1] != config.in_channels:
+    key = "x_embedder.proj.weight"
+    if not isinstance(model, Latte) or key not in weights:
         return ()
-    weight = weights[key]
+    weight, config = weights[key], model.config
+    if config.image_condition != "concat" or weight.shape[1] != config.in_channels:
+        return ()
     lacking = config.embedded_channels - config.in_channels
     weights[key] = torch.cat([weight, weight.new_zeros(weight.shape[0], lacking, *weight.shape[2:])], dim=1)
     return (key,)

@@ -7,18 +7,30 @@ from typing import Literal
 
 from models.command_line import LARGEST_SEED, UsageError, check_range, flatten, parse, read_yaml, to_dict
 from models.latte import LatteConfig
+from models.s2dm import S2DMConfig
+from models.vdm import VDMConfig
 
-NetworkConfig = LatteConfig
+NetworkConfig = LatteConfig | S2DMConfig | VDMConfig
+
+#: The part of a configuration that holds the sizes of each network.
+SECTIONS = {"latte": "model", "s2dm": "s2dm", "vdm": "vdm"}
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What the model learns from."""
 
-    kind: Literal["digits", "videos", "latents"] = "digits"
-    """Moving digits made on the fly, video files, or latents written by models.encode."""
+    kind: Literal["digits", "videos", "latents", "motion"] = "digits"
+    """Moving digits made on the fly, video files, latents written by models.encode, or clips with their motion written
+    by models.flow. Digits have exact motion for a network that wants it."""
     path: str | None = None
-    """Folder or manifest of videos, or folder of latents."""
+    """Folder or manifest of videos, or folder of latents or of motion."""
+    size: int | None = None
+    """Side of digits in pixels for a network of motion, whose own size is the motion's. None: the same."""
+    text: str | None = None
+    """What encodes captions for a network with text: "wordllama", or the local folder of a CLIP model."""
+    image_encoder: str | None = None
+    """Local folder of the CLIP model that encodes a clip's first frame for a network with image tokens."""
     frame_interval: int = 1
     """Frames from one frame of the clip to the next."""
     crop: Literal["center", "random"] = "center"
@@ -121,10 +133,11 @@ class TrainConfig:
     """torch.compile the network."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
-    network: Literal["latte"] = "latte"
-    """What is trained; its sizes are in the part named `network_section`."""
+    network: Literal["latte", "s2dm", "vdm"] = "latte"
+    """What is trained: Latte or FVDM (sizes: model), S2DM (s2dm), or a VDM of motion (vdm)."""
     model: LatteConfig = dataclasses.field(default_factory=LatteConfig)
-    """Latte's and FVDM's sizes."""
+    s2dm: S2DMConfig = dataclasses.field(default_factory=S2DMConfig)
+    vdm: VDMConfig = dataclasses.field(default_factory=VDMConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -133,7 +146,7 @@ class TrainConfig:
     @property
     def network_section(self) -> str:
         """The name of the field that holds the chosen network's sizes."""
-        return "model"
+        return SECTIONS[self.network]
 
     @property
     def network_config(self) -> NetworkConfig:
@@ -165,6 +178,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, LARGEST_SEED),
     "data.frame_interval": (1, math.inf),
     "data.images": (0, math.inf),
+    "data.size": (1, math.inf),
     "data.length": (1, math.inf),
     "data.workers": (0, math.inf),
     "diffusion.num_steps": (2, math.inf),
@@ -202,8 +216,7 @@ def _check_values(config: TrainConfig) -> None:
         raise UsageError(f"--data.kind {config.data.kind} wants --data.path")
     if config.data.images and config.data.kind != "videos":
         raise UsageError(f"--data.images wants --data.kind videos, got {config.data.kind}")
-    if config.model.text_size is not None:
-        raise UsageError("--model.text_size: the data has no text to train on")
+    _check_conditions(config)
     if (config.diffusion.schedule == "flow") != (config.diffusion.prediction == "flow"):
         raise UsageError(
             f"--diffusion.schedule {config.diffusion.schedule} does not go with "
@@ -213,3 +226,21 @@ def _check_values(config: TrainConfig) -> None:
         raise UsageError(
             f"--diffusion.schedule flow has no variance to learn: it wants --{config.network_section}.no_learn_sigma"
         )
+
+
+def _check_conditions(config: TrainConfig) -> None:
+    """Refuse data that the network has no use for, or that lack what it wants."""
+    data, wanted = config.data, set(config.network_config.conditions)
+    for condition, option, value in (("text", "text", data.text), ("image", "image_encoder", data.image_encoder)):
+        if condition in wanted and value is None:
+            raise UsageError(f"--network {config.network} with {condition} wants --data.{option}")
+        if condition not in wanted and value is not None:
+            raise UsageError(
+                f"--data.{option} {value}: the network takes no {condition}, see --{config.network_section}"
+            )
+    if ("motion" in wanted or config.network == "vdm") and data.kind not in ("digits", "motion"):
+        raise UsageError(f"--network {config.network} with motion wants --data.kind digits or motion, got {data.kind}")
+    if data.size is not None and (config.network != "vdm" or data.kind != "digits"):
+        raise UsageError(f"--data.size wants --network vdm and --data.kind digits, got {config.network}, {data.kind}")
+    if data.images and config.network != "latte":
+        raise UsageError(f"--data.images wants --network latte, got {config.network}")

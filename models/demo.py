@@ -32,6 +32,7 @@ from models.data import contact_sheet, real_clip, write_gif
 from models.data.decode import read_frames
 from models.data.frames import to_clip
 from models.latte import Latte, LatteConfig
+from models.networks import Network
 from models.sampling.draw import draw_clips
 from models.sampling.network import load_network
 from vidkern.diffusion import TASKS, diffusion_loss, make_schedule
@@ -64,7 +65,7 @@ def train_network(out: Path, video: Path) -> None:
         raise SystemExit(f"{PROG}: error: the training failed")
 
 
-def draw_tasks(network: Latte, config: TrainConfig, real: Tensor) -> dict[str, Drawn]:
+def draw_tasks(network: Network, config: TrainConfig, real: Tensor) -> dict[str, Drawn]:
     """Draw one clip for each task with the trained network; `real` (F, C, H, W) lends the given frames."""
     schedule = make_schedule(config.diffusion.schedule, config.diffusion.num_steps)
     drawn = {}

@@ -1,22 +1,30 @@
-"""Every network that a configuration can name, built."""
+"""Every network that a configuration can name: built, tried on a batch without values, and cut into blocks."""
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.config import TrainConfig
 from models.latte import Latte
+from models.s2dm import S2DM
+from models.vdm import VDM
 
-Network = Latte
+Network = Latte | S2DM | VDM
 
 
-def build_network(config: TrainConfig) -> Network:
-    """The network of `config.network` with fresh weights, on torch's default device.
+def build_network(config: TrainConfig, *, pretrained: bool = True) -> Network:
+    """The network of `config.network`, on torch's default device.
 
-    Raises ValueError for sizes that cannot be built.
+    Its weights are fresh, or those that the configuration names (`s2dm.unet`); with `pretrained` False they are fresh
+    in any case, for a network that is about to be loaded. Raises ValueError for sizes that cannot be built, OSError or
+    ValueError for weights that cannot be had.
     """
-    return Latte(config.model)
+    if config.network == "s2dm":
+        return S2DM(config.s2dm if pretrained else dataclasses.replace(config.s2dm, unet=None))
+    return VDM(config.vdm) if config.network == "vdm" else Latte(config.model)
 
 
 def check_network(config: TrainConfig, x0: Tensor, conditions: Mapping[str, Tensor]) -> None:
@@ -24,8 +32,20 @@ def check_network(config: TrainConfig, x0: Tensor, conditions: Mapping[str, Tens
 
     Raises ValueError for clips (B, F, C, H, W), a condition or a size that the network or an operator does not take.
     """
+    options: dict[str, Any] = {name: value.to("meta") for name, value in conditions.items()}
+    if config.data.images:
+        options["num_images"] = config.data.images
     with torch.device("meta"):
-        network = build_network(config).eval()
-        t = torch.zeros(len(x0), dtype=torch.int64)
-        images = {"num_images": config.data.images} if config.data.images else {}
-        network(x0.to("meta"), t, **images, **{name: value.to("meta") for name, value in conditions.items()})
+        clip, t = x0.to("meta"), torch.zeros(len(x0), dtype=torch.int64)
+        if "given" in config.network_config.conditions:
+            options |= {"known": clip, "given": torch.zeros(clip.shape[:2], dtype=torch.bool)}
+        build_network(config, pretrained=False).eval()(clip, t, **options)
+
+
+def blocks_of(network: Network) -> list[nn.Module]:
+    """The parts of a network that run one after another and hold most of its weights, for sharding."""
+    if isinstance(network, S2DM):
+        return [*network.unet.down_blocks, network.unet.mid_block, *network.unet.up_blocks]
+    if isinstance(network, VDM):
+        return [*network.downs, network.middle, *network.ups]
+    return list(network.blocks)

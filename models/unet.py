@@ -1,12 +1,14 @@
 """Stable Diffusion 1's U-Net, diffusers' UNet2DConditionModel: its settings, and its published weights."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from models.pretrained import find_part
+
+if TYPE_CHECKING:  # diffusers is slow to import
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
 def unet_settings(
@@ -37,16 +39,20 @@ def unet_settings(
     }
 
 
-def build_unet(settings: dict[str, Any]) -> UNet2DConditionModel:
+def build_unet(settings: dict[str, Any]) -> "UNet2DConditionModel":
     """A U-Net with random weights."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
     return UNet2DConditionModel(**settings)
 
 
-def load_unet(name: str, settings: dict[str, Any]) -> UNet2DConditionModel:
+def load_unet(name: str, settings: dict[str, Any]) -> "UNet2DConditionModel":
     """A U-Net with the weights of a local folder (its own or a pipeline's) or of the hub: owner/name[/subfolder].
 
     Raises ValueError, in one line, where there is none, or one that `settings` does not describe.
     """
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
     source, folder = find_part(name, "U-Net", "unet", hub_folder="unet")
     try:
         # loading with low memory use wants accelerate
@@ -57,7 +63,7 @@ def load_unet(name: str, settings: dict[str, Any]) -> UNet2DConditionModel:
     return unet
 
 
-def _check_settings(name: str, unet: UNet2DConditionModel, settings: dict[str, Any]) -> None:
+def _check_settings(name: str, unet: "UNet2DConditionModel", settings: dict[str, Any]) -> None:
     """Refuse a U-Net of another structure: without its file, nobody could build what was trained from it."""
     with torch.device("meta"):
         wanted = build_unet(settings).config

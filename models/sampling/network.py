@@ -27,7 +27,7 @@ def load_network(
         config = read_yaml(TrainConfig, config_file)
     else:
         config = from_dict(TrainConfig, _saved_config(path))
-    model = build_network(config)
+    model = build_network(config, pretrained=False)
     load_weights(model, path, entry=weights)
     return model.eval().requires_grad_(False), config
 

@@ -2,26 +2,36 @@
 
 from collections.abc import Iterator
 
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from models.command_line import UsageError
-from models.config import TrainConfig
+from models.config import NetworkConfig, TrainConfig
 from models.data import LatentDataset, MovingDigits, ResumableSampler, VideoError, VideoFolder
-from models.data.seeded import SeededDataset
+from models.data.seeded import Sample, SeededDataset
 from models.networks import check_network
+from models.text.dataset import TextDataset
 from models.training.distributed import World
+from models.vdm import VDMConfig
 
 
 def make_dataset(config: TrainConfig) -> SeededDataset:
-    """The dataset of `config.data` with clips of the model's size, frames and channels."""
+    """The dataset of `config.data`, with clips of the network's size, frames and channels, and embedded captions."""
+    clips = make_clips(config)
+    return clips if config.data.text is None else TextDataset(clips, config.data.text)
+
+
+def make_clips(config: TrainConfig) -> SeededDataset:
+    """The dataset of `config.data` without its captions' embeddings."""
     data, network = config.data, config.network_config
     if data.kind == "digits":
         return MovingDigits(
             num_frames=network.num_frames,
-            size=network.frame_size[0],
-            channels=network.in_channels,
+            size=data.size or network.frame_size[0],
+            channels=_pixel_channels(network),
             length=data.length,
+            motion=isinstance(network, VDMConfig) or "motion" in network.conditions,
             seed=config.seed,
         )
     assert data.path is not None  # parse_train_config has seen to it
@@ -44,8 +54,10 @@ def make_dataset(config: TrainConfig) -> SeededDataset:
 class Batches:
     """The run's batches on the device: this process's share of each, as (x0, conditions).
 
-    x0 is float32 (n, F, C, H, W), with the joined images at the end of F; conditions are what the network takes
-    besides, by the names of its `forward`: "y" (n,) and "image_labels" (n, images), int64, where it has classes.
+    x0 is float32 (n, F, C, H, W), with the joined images at the end of F: pixels, latents, or motion for a VDM.
+    Conditions are what the network takes besides, by the names of its `forward`, where they come from the data: "y"
+    (n,) and "image_labels" (n, images), int64; "text" (n, L, W); "motion" (n, F, 3, h, w); "reference", the clip's
+    first frame, (n, C, h, w); "image", that frame's CLIP tokens, (n, L, W).
     """
 
     def __init__(self, config: TrainConfig, world: World) -> None:
@@ -54,6 +66,11 @@ class Batches:
             raise UsageError(f"--batch_size {config.batch_size} is no multiple of the {world.size} processes")
         self.config, self.world = config, world
         self.dataset = make_dataset(config)
+        self.image_encoder = None
+        if config.data.image_encoder is not None:
+            from models.text.clip import load_clip_image  # transformers is slow to import
+
+            self.image_encoder = load_clip_image(config.data.image_encoder, world.device)
         try:
             self._check_fit()
         except VideoError as error:
@@ -62,7 +79,8 @@ class Batches:
     @property
     def skipped(self) -> str:
         """One line on the files that gave no clip, or nothing."""
-        report = self.dataset.report() if isinstance(self.dataset, VideoFolder) else None
+        clips = self.dataset.dataset if isinstance(self.dataset, TextDataset) else self.dataset
+        report = clips.report() if isinstance(clips, VideoFolder) else None
         return str(report) if report is not None and (report.unreadable or report.not_videos) else ""
 
     def after(self, step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -85,22 +103,39 @@ class Batches:
         for batch in loader:
             yield self._inputs({name: value.to(device, non_blocking=True) for name, value in batch.items()})
 
-    def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def first(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """x0 and conditions of the first `count` clips of the data, for looking at."""
+        samples = [self.dataset[0, i % len(self.dataset)] for i in range(count)]
+        return self._inputs({name: value.to(self.world.device) for name, value in default_collate(samples).items()})
+
+    def _inputs(self, batch: Sample) -> tuple[Tensor, dict[str, Tensor]]:
         """The network's inputs out of samples of the dataset, stacked and on the device."""
-        conditions = {name: self._condition(name, batch) for name in self.config.network_config.conditions}
+        network = self.config.network_config
+        wanted = [name for name in network.conditions if name not in FROM_THE_STEP]
+        conditions = {name: self._condition(name, batch) for name in wanted}
         if "y" in conditions and "image_label" in batch:
             conditions["image_labels"] = batch["image_label"]
-        return _clip(batch), conditions
+        if not isinstance(network, VDMConfig):
+            return _clip(batch), conditions
+        motion = batch["motion"]
+        return F.interpolate(motion.flatten(0, 1), network.frame_size, mode="area").view(
+            *motion.shape[:3], *network.frame_size
+        ), conditions
 
-    def _condition(self, name: str, batch: dict[str, Tensor]) -> Tensor:
-        if _SOURCES[name] not in batch:
-            raise UsageError(f"the network wants {name}, the data has {', '.join(batch)}")
-        return batch[_SOURCES[name]]
+    def _condition(self, name: str, batch: Sample) -> Tensor:
+        if name == "reference":
+            return _clip(batch)[:, 0]
+        if name == "image" and self.image_encoder is not None and "video" in batch:
+            return self.image_encoder.encode(batch["video"][:, 0])
+        source = _SOURCES.get(name, name)
+        if source not in batch:
+            raise UsageError(f"the network wants {name}: the data has {', '.join(batch)}")
+        return batch[source]
 
     def _check_fit(self) -> None:
         """Put the first clip through the network, without values."""
         network = self.config.network_config
-        x0, conditions = self._inputs({name: value[None] for name, value in self.dataset[0, 0].items()})
+        x0, conditions = self.first(1)
         wanted = (network.num_frames + self.config.data.images, network.in_channels, *network.frame_size)
         if x0.shape[1:] != wanted:
             got = tuple(x0.shape[1:])
@@ -111,9 +146,17 @@ class Batches:
         check_network(self.config, x0, conditions)
 
 
-#: Where the network's conditions are found in a sample of the data.
-_SOURCES = {"y": "label", "text": "text", "motion": "motion", "pose": "pose"}
+#: Conditions that a training step makes of the clips themselves.
+FROM_THE_STEP = ("known", "given")
+
+#: The entry of a sample that a condition is, where it has another name.
+_SOURCES = {"y": "label"}
 
 
-def _clip(batch: dict[str, Tensor]) -> Tensor:
+def _clip(batch: Sample) -> Tensor:
     return batch["latent"] if "latent" in batch else batch["video"]
+
+
+def _pixel_channels(network: NetworkConfig) -> int:
+    """Channels of the pixels that a network sees; a VDM sees those of the reference frame alone."""
+    return (network.reference_channels or 1) if isinstance(network, VDMConfig) else network.in_channels

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from models.networks import Network
+from models.networks import Network, blocks_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def distribute(model: Network, ema: Network, strategy: str, world: World) -> nn.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     for network in (model, ema):
-        for block in network.blocks:
+        for block in blocks_of(network):
             fully_shard(block, mesh=mesh)
         fully_shard(network, mesh=mesh, reshard_after_forward=True)  # ema is called without a backward pass
     return model

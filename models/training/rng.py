@@ -10,7 +10,7 @@ import torch
 def seed_step(generator: torch.Generator, seed: int, step: int, rank: int) -> None:
     """Seed everything random in step `step`, so that a resumed run draws what an uninterrupted one would have drawn.
 
-    `generator` draws the timesteps and the dropped conditions of the whole batch and is the same in every process. The
+    `generator` draws for the whole batch (models.training.draws) and is the same in every process. The
     global generators of Python, NumPy and torch differ between processes: nothing that a network of ours computes
     comes from them. Nothing waits for the device.
     """

@@ -4,19 +4,20 @@ import copy
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.conditions import draw_dropped
 from models.config import TrainConfig
 from models.networks import Network, build_network
 from models.training.distributed import World, distribute, gradient_exchange
+from models.training.draws import Draws, draw
 from models.training.ema import update_ema
 from models.training.metrics import say
 from models.training.optimizer import apply_settings, clip_gradients, make_optimizer
 from models.training.rng import seed_process, seed_step
-from vidkern.diffusion import Schedule, diffusion_loss, make_schedule, sample_timesteps
+from vidkern.diffusion import Schedule, diffusion_loss, make_schedule
 from vidkern.rng import KeyStream
 
 
@@ -31,7 +32,7 @@ class Run:
     network: nn.Module  # what training calls: `model`, or a DDP replica around it
     ema: Network
     optimizer: torch.optim.Optimizer
-    generator: torch.Generator  # draws the timesteps and the dropped conditions of the whole batch
+    generator: torch.Generator  # of what a step draws for the whole batch
     keys: KeyStream  # noise keys, one a step, the same in every process
     step: int = 0
 
@@ -73,32 +74,24 @@ def make_run(config: TrainConfig, world: World) -> Run:
 def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
     """One optimiser step on this process's share of the batch, (n, F, C, H, W). Never waits for the device.
 
-    The share is run in parts of at most `micro_batch_size` clips; each part's loss has the weight of its clips, so the
-    gradient is that of the whole batch, whatever the parts and the number of processes.
+    The share is run in parts of at most `micro_batch_size` clips; each part's loss has the weight of its frames that
+    count, so the gradient is that of the whole batch, whatever the parts and the number of processes.
 
     Returns loss, mse, vb and the norm of the gradient before clipping, float32 (4,) on the device.
     """
-    config, n = run.config, len(x0)
-    first = run.world.rank * n
-    seed_step(run.generator, config.seed, run.step, run.world.rank)
-    t = sample_timesteps(
-        config.batch_size,
-        x0.shape[1],
-        config.diffusion.num_steps,
-        mode=config.diffusion.timesteps,
-        p=config.diffusion.ptss_probability,
-        generator=run.generator,
-    )[first : first + n]
-    drawn = draw_dropped(config.network_config.dropouts, config.batch_size, generator=run.generator)
-    dropped = {name: samples[first : first + n] for name, samples in drawn.items()}
+    config, world, n = run.config, run.world, len(x0)
+    seed_step(run.generator, config.seed, run.step, world.rank)
+    draws = draw(config, x0.shape[1], run.generator)
     key = run.keys.next()
     sums = torch.zeros(3, device=x0.device)
     size = min(config.micro_batch_size or n, n)
     for begin in range(0, n, size):
         part = slice(begin, min(begin + size, n))
-        weight = (part.stop - begin) / n
+        clips = slice(world.rank * n + begin, world.rank * n + part.stop)
+        weight = draws.weight(clips) * world.size  # gradients are averaged over the processes
         with gradient_exchange(run.network, enabled=part.stop == n):
-            losses = loss_of(run, x0[part], t[part], key, _part(conditions, part), _part(dropped, part), first + begin)
+            some = {name: value[part] for name, value in conditions.items()}
+            losses = loss_of(run, x0[part], some, draws.part(clips), key, clips.start)
             (weight * losses["loss"]).backward()
         sums += weight * torch.stack([losses["loss"].detach(), losses["mse"], losses["vb"]])
     run.step += 1
@@ -111,32 +104,25 @@ def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
 
 
 def loss_of(
-    run: Run,
-    x0: Tensor,
-    t: Tensor,
-    key: Tensor,
-    conditions: dict[str, Tensor],
-    dropped: dict[str, Tensor],
-    sample_offset: int,
+    run: Run, x0: Tensor, conditions: dict[str, Tensor], draws: Draws, key: Tensor, sample_offset: int
 ) -> dict[str, Tensor]:
     """The loss of clips whose numbers in the whole batch begin at `sample_offset`."""
-    config, images = run.config, run.config.data.images
-    joined = {"num_images": images} if images else {}
-    network = functools.partial(run.network, **conditions, **joined, dropped=dropped)
+    config, options = run.config, dict[str, Any](conditions)
+    if config.data.images:
+        options["num_images"] = config.data.images
+    if draws.given is not None:
+        options |= {"known": x0, "given": draws.given}
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         return diffusion_loss(
-            network,
+            functools.partial(run.network, **options, dropped=draws.dropped),
             x0,
-            t,
+            draws.t,
             run.schedule,
             key,
             prediction=config.diffusion.prediction,
             learned_range=config.network_config.learn_sigma,
+            hold=draws.given,
             sharing=config.diffusion.noise,
             base_weight=config.diffusion.noise_base_weight,
             sample_offset=sample_offset,
         )
-
-
-def _part(values: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
-    return {name: value[part] for name, value in values.items()}

@@ -21,7 +21,7 @@ from models import train
 from models.data.latents import INDEX, Entry, Index
 from models.data.write import write_mp4
 from models.latte import Latte
-from models.training import checkpointing, step
+from models.training import checkpointing, draws, step
 from models.training.data import Batches
 from models.training.distributed import World
 from models.training.ema import update_ema
@@ -74,7 +74,7 @@ def test_a_step_is_adamw_on_the_batch_gradient(tmp_path: Path, monkeypatch: pyte
         drawn.append(sample_timesteps(*args, **kwargs))
         return drawn[-1]
 
-    monkeypatch.setattr(step, "sample_timesteps", draw)
+    monkeypatch.setattr(draws, "sample_timesteps", draw)
     batches = Batches(settings, WORLD).after(0)
     for _ in range(3):
         x0, conditions = next(batches)
