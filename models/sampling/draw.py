@@ -1,7 +1,6 @@
 """Draws any number of clips in batches; a clip does not depend on how they are split."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +8,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.config import TrainConfig
+from models.image_to_video import bind
 from models.networks import Network
+from models.sampling.guidance import guide
 from vidkern.diffusion import TASKS, Schedule, Task, sample, sample_long_video
 
 
@@ -23,28 +24,36 @@ def draw_clips(
     num_steps: int,
     task: Task = TASKS["standard"],
     labels: Tensor | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
+    scales: Mapping[str, float] | None = None,
     known: Tensor | None = None,
+    start: Tensor | None = None,
+    frames: int | None = None,
     chunks: int = 1,
     overlap: int = 0,
     precision: str = "float32",
     progress: bool = False,
     **options: Any,
 ) -> Tensor:
-    """Draw `count` clips of the network's frames, float32 (count, F, C, H, W) on the CPU.
+    """Draw `count` clips, float32 (count, F, C, H, W) on the CPU.
 
     Args:
         network: on the schedule's device.
         seed: of the noise. Clip i is the same for every `batch_size`, up to the rounding of the network.
         task: which frames are given; a long video has its own pattern.
         labels: (count,) int64, for a class-conditional network.
+        conditions: (count, ...) each, by the names of the network's `forward`, for one without classes.
+        scales: of guidance for these conditions, see `models.sampling.guidance.guide`.
         known: (F, C, H, W), whose given frames every clip shares; with `chunks` > 1, the first window.
+        start: (count, F, C, H, W), the starting noise; None: it is drawn.
+        frames: F, if not the network's.
         chunks: windows of a long video, of which each is given the last `overlap` frames of the one before.
         precision: "bfloat16" runs the network under autocast.
         progress: show a bar of all steps.
         **options: of `vidkern.diffusion.sample`.
     """
     device, config = schedule.device, network.config
-    shape = (config.num_frames, config.in_channels, *config.frame_size)
+    shape = (frames or config.num_frames, config.in_channels, *config.frame_size)
     drawn = chunks - (1 if chunks > 1 and known is not None else 0)
     splits = torch.arange(count).split(batch_size)
     clips = []
@@ -53,24 +62,39 @@ def draw_clips(
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
     ):
         for split in splits:
-            window = None if known is None else known.to(device).expand(len(split), *shape)
-            draw: Callable[..., Tensor] = functools.partial(sample, task=task, known=window)
-            if chunks > 1:
-                draw = functools.partial(sample_long_video, chunks=chunks, given=overlap, first=window)
-            clip = draw(
-                network,
-                (len(split), *shape),
-                schedule,
-                torch.tensor([seed, 0], device=device),
-                num_steps=num_steps,
-                y=None if labels is None else labels[split].to(device),
-                y_null=config.num_classes,
-                sample_offset=int(split[0]),
-                progress=lambda *_: bar.update(),
+            part = {name: value[split].to(device) for name, value in (conditions or {}).items()}
+            size = (len(split), *shape)
+            window = None if known is None else known.to(device).expand(size)
+            settings: dict[str, Any] = {
+                "schedule": schedule,
+                "key": torch.tensor([seed, 0], device=device),
+                "num_steps": num_steps,
+                "y": None if labels is None else labels[split].to(device),
+                "y_null": config.num_classes,
+                "sample_offset": int(split[0]),
+                "progress": lambda *_: bar.update(),
                 **options,
-            )
-            clips.append(clip.cpu())
+            }
+            given = task(torch.zeros(1, dtype=torch.int64), shape[0])[1][0]
+            if chunks == 1 or window is None:
+                model = _model(network, given, part, scales)
+                noise = size if start is None else start[split].to(device)
+                window = sample(model, noise, **settings, task=task, known=window)
+            if chunks > 1:
+                model = _model(network, torch.arange(shape[0]) < overlap, part, scales)
+                window = sample_long_video(model, size, **settings, chunks=chunks, given=overlap, first=window)
+            clips.append(window.cpu())
     return torch.cat(clips)
+
+
+def _model(
+    network: Network, given: Tensor, conditions: Mapping[str, Tensor], scales: Mapping[str, float] | None
+) -> Callable[..., Tensor]:
+    """The network as `sample` calls it, for windows of which the frames `given`, bool (F,), are given."""
+    model: Callable[..., Tensor] = network
+    if getattr(network.config, "image_condition", None) is not None:
+        model = bind(network, given)
+    return guide(model, conditions, scales or {}) if conditions else model
 
 
 def sampler_of(config: TrainConfig) -> str:
