@@ -38,7 +38,7 @@ class ShardWriter(Generic[I]):
     """
 
     def __init__(self, folder: Path, name: str, index: I, limit: float) -> None:
-        """Write `folder`/{name}-00000.safetensors and so on, going on after `index`; a shard closes at `limit` bytes."""
+        """Write `folder`/{name}-00000.safetensors, ... going on after `index`; a shard closes at `limit` bytes."""
         self.folder, self.name, self.index, self.limit = folder, name, index, limit
         self._entries: list[Any] = []
         self._tensors: dict[str, Tensor] = {}
