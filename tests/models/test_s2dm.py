@@ -14,6 +14,8 @@ from torch import Tensor
 from models.checkpoints import load_weights
 from models.frame_encoder import FrameEncoder
 from models.s2dm import CONDITIONS, S2DM, S2DMConfig
+from models.sampling.guidance import guide
+from models.sampling.inversion import invert
 from tests.models.public_cases import fill
 from vidkern.diffusion import diffusion_loss, make_schedule, sample
 
@@ -210,6 +212,34 @@ def test_frames_of_equal_conditions_are_equal_under_shared_noise(sharing, step_s
     same = bool((clips == clips[:, :1]).all())
     assert same == (sharing == step_sharing == "shared")
     assert not torch.equal(clips[0], clips[1])
+
+
+def test_a_clip_at_rest_is_drawn_from_its_given_first_frame():
+    model, text = (
+        small().float(),
+        torch.randn(BATCH, TEXT_LENGTH, TEXT_WIDTH, generator=torch.Generator().manual_seed(0)),
+    )
+    first = torch.rand(BATCH, 1, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    rest = torch.tensor([0.0, 0.0, 1.0]).view(1, 1, 3, 1, 1).expand(BATCH, FRAMES, 3, 8, 8)  # no flow, all shown
+    schedule = make_schedule("scaled_linear")
+    alone = functools.partial(model, text=text, motion=rest[:, :1])
+    noise = invert(alone, first, schedule, 10, refinements=8).expand(-1, FRAMES, -1, -1, -1)
+    clips = sample(
+        functools.partial(model, text=text, motion=rest), noise, schedule, torch.tensor([7, 0]), num_steps=10
+    )
+    assert (noise[:, :1] - first).norm() / first.norm() > 0.5
+    for f in range(FRAMES):
+        assert (clips[:, f] - first[:, 0]).norm() / first.norm() < 1e-3
+
+
+def test_guidance_weighs_text_and_motion():
+    model, (x, t, conditions) = small(), inputs()
+    kept, lost = samples(False, False), samples(True, True)
+    none = model(x, t, **conditions, dropped={"text": lost, "motion": lost})
+    moved = model(x, t, **conditions, dropped={"text": lost, "motion": kept})
+    whole = model(x, t, **conditions)
+    ours = guide(model, conditions, {"motion": 1.5, "text": 7.5})(x, t)
+    torch.testing.assert_close(ours, none + 1.5 * (moved - none) + 7.5 * (whole - moved), rtol=1e-10, atol=1e-10)
 
 
 def test_training_on_shared_noise_has_one_loss_for_equal_frames():
