@@ -45,7 +45,8 @@ class VDMConfig:
         num_heads: H of every attention.
         head_size: d of every attention: 32, 64, 72, 80, 96 or 128.
         spatial_from: the first level with attention over the positions of a frame, whose cost grows with the fourth
-            power of the resolution; 0 is the full resolution. All levels have attention over frames.
+            power of the resolution; 0 is the full resolution. The middle has it too, below all levels, and attention
+            over frames is everywhere.
         learn_sigma: also predict the variance's interpolation (learned range).
         text_width: W of a text's token embeddings; None is without text.
         reference_channels: channels of the reference frame; None is without one.
@@ -236,7 +237,8 @@ class VDM(nn.Module):
         drops = resolve_dropped(dropped, self.config.dropouts, len(x), x.device, training=self.training)
         frames = x.shape[1] - num_images
         time = self.t_embedder(t if t.dim() == 2 else t[:, None])  # (B, 1 or F, D)
-        prompt = None if text is None else self.text_pool(text, drops.get("text"))
+        none = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        prompt = None if text is None else self.text_pool(text, drops.get("text", none))
         if reference is not None and "reference" in drops:
             reference = reference.masked_fill(drops["reference"][:, None, None, None], 0)
         if not num_images:

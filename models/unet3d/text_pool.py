@@ -25,9 +25,11 @@ class TextPool(nn.Module):
         self.attention = nn.MultiheadAttention(size, HEADS, kdim=text_width, vdim=text_width, batch_first=True)
         self.null = nn.Parameter(STD * torch.randn(size))
 
-    def forward(self, text: Tensor, dropped: Tensor | None) -> Tensor:
-        """Return (B, D) for text (B, L, W), of any L; ``dropped`` (B,) bool says whose text is null."""
+    def forward(self, text: Tensor, dropped: Tensor) -> Tensor:
+        """Return (B, D) for text (B, L, W), of any L; ``dropped`` (B,) bool says whose text is null.
+
+        The null vector gets a gradient (of zeros, where no text is dropped), as replicas that exchange gradients want.
+        """
         tokens = self.norm(text)
         pooled, _ = self.attention(self.query.expand(len(text), -1, -1), tokens, tokens, need_weights=False)
-        pooled = pooled.squeeze(1)
-        return pooled if dropped is None else torch.where(dropped[:, None], self.null, pooled)
+        return torch.where(dropped[:, None], self.null, pooled.squeeze(1))

@@ -134,7 +134,7 @@ def main() -> None:
     ours, tensors = public_model(), public_inputs()
     theirs = build(public)
     copy_weights(theirs, ours)
-    text = ours.text_pool(tensors["text"], None).detach()
+    text = ours.text_pool(tensors["text"], torch.tensor([False])).detach()
 
     def call() -> Tensor:
         return theirs(tensors["x"].movedim(2, 1), tensors["t"], text).movedim(1, 2)
