@@ -1,0 +1,53 @@
+"""An evaluation's results: numbers by metric, as a table and as JSON."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+UNITS = {"fvd": "FVD", "kvd": "KVD", "ssim": "SSIM", "psnr": "PSNR (dB)"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A metric's value; `low` and `high` bound its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    error: float | None = None
+    """Standard error, where the metric has one of its own."""
+
+    def __str__(self) -> str:
+        """The value and how sure it is."""
+        if self.error is not None:
+            return f"{number(self.value)} ± {number(self.error)}"
+        return f"{number(self.value)} [{number(self.low)}, {number(self.high)}]"
+
+
+def number(value: float) -> str:
+    """Four significant digits, no exponent for the usual sizes."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    return f"{value:.{max(3 - math.floor(math.log10(abs(value))), 0)}f}" if abs(value) >= 1e-4 else f"{value:.1e}"
+
+
+def table(results: Mapping[str, Result], counts: str) -> str:
+    """Markdown, a row for each metric."""
+    lines = ["| metric | value | clips |", "|---|---|---|"]
+    lines += [f"| {UNITS[name]} | {result} | {counts} |" for name, result in results.items()]
+    return "\n".join(lines)
+
+
+def write(out: Path, protocol: Mapping[str, Any], results: Mapping[str, Result], notes: list[str], text: str) -> None:
+    """Write results.json and table.md into `out`. JSON has null for a number that is not finite."""
+
+    def finite(value: Any) -> Any:
+        return value if not isinstance(value, float) or math.isfinite(value) else None
+
+    metrics = {name: {key: finite(value) for key, value in asdict(result).items()} for name, result in results.items()}
+    content = {"protocol": dict(protocol), "metrics": metrics, "notes": notes}
+    (out / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    (out / "table.md").write_text(text + "\n")
