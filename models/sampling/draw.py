@@ -44,7 +44,8 @@ def draw_clips(
         labels: (count,) int64, for a class-conditional network.
         conditions: (count, ...) each, by the names of the network's `forward`, for one without classes.
         scales: of guidance for these conditions, see `models.sampling.guidance.guide`.
-        known: (F, C, H, W), whose given frames every clip shares; with `chunks` > 1, the first window.
+        known: (count, F, C, H, W), whose given frames are read, or (F, C, H, W) for every clip; with `chunks` > 1,
+            the first window.
         start: (count, F, C, H, W), the starting noise; None: it is drawn.
         frames: F, if not the network's.
         chunks: windows of a long video, of which each is given the last `overlap` frames of the one before.
@@ -64,7 +65,7 @@ def draw_clips(
         for split in splits:
             part = {name: value[split].to(device) for name, value in (conditions or {}).items()}
             size = (len(split), *shape)
-            window = None if known is None else known.to(device).expand(size)
+            window = None if known is None else (known[split] if known.dim() == 5 else known).to(device).expand(size)
             settings: dict[str, Any] = {
                 "schedule": schedule,
                 "key": torch.tensor([seed, 0], device=device),
