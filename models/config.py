@@ -13,7 +13,7 @@ from models.vdm import VDMConfig
 NetworkConfig = LatteConfig | S2DMConfig | VDMConfig
 
 #: The part of a configuration that holds the sizes of each network.
-SECTIONS = {"latte": "model", "s2dm": "s2dm", "vdm": "vdm"}
+SECTIONS = {"latte": "model", "s2dm": "s2dm", "vdm": "vdm", "videofusion": "model"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +133,9 @@ class TrainConfig:
     """torch.compile the network."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
-    network: Literal["latte", "s2dm", "vdm"] = "latte"
-    """What is trained: Latte or FVDM (sizes: model), S2DM (s2dm), or a VDM of motion (vdm)."""
+    network: Literal["latte", "s2dm", "vdm", "videofusion"] = "latte"
+    """What is trained: Latte or FVDM (sizes: model), S2DM (s2dm), a VDM of motion (vdm), or VideoFusion's two networks
+    (both of model's sizes)."""
     model: LatteConfig = dataclasses.field(default_factory=LatteConfig)
     s2dm: S2DMConfig = dataclasses.field(default_factory=S2DMConfig)
     vdm: VDMConfig = dataclasses.field(default_factory=VDMConfig)
@@ -217,6 +218,12 @@ def _check_values(config: TrainConfig) -> None:
     if config.data.images and config.data.kind != "videos":
         raise UsageError(f"--data.images wants --data.kind videos, got {config.data.kind}")
     _check_conditions(config)
+    if config.network == "videofusion":
+        for name, wanted in (("noise", "mixed"), ("prediction", "epsilon")):
+            if values[f"diffusion.{name}"] != wanted:
+                raise UsageError(
+                    f"--network videofusion wants --diffusion.{name} {wanted}, got {values[f'diffusion.{name}']}"
+                )
     if (config.diffusion.schedule == "flow") != (config.diffusion.prediction == "flow"):
         raise UsageError(
             f"--diffusion.schedule {config.diffusion.schedule} does not go with "

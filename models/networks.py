@@ -11,8 +11,10 @@ from models.config import TrainConfig
 from models.latte import Latte
 from models.s2dm import S2DM
 from models.vdm import VDM
+from models.videofusion import VideoFusion, frame_weights
+from vidkern.diffusion import make_schedule
 
-Network = Latte | S2DM | VDM
+Network = Latte | S2DM | VDM | VideoFusion
 
 
 def build_network(config: TrainConfig, *, pretrained: bool = True) -> Network:
@@ -24,7 +26,20 @@ def build_network(config: TrainConfig, *, pretrained: bool = True) -> Network:
     """
     if config.network == "s2dm":
         return S2DM(config.s2dm if pretrained else dataclasses.replace(config.s2dm, unet=None))
+    if config.network == "videofusion":
+        diffusion = config.diffusion
+        if diffusion.noise_base_weight is None:
+            raise ValueError("network videofusion wants diffusion.noise_base_weight, got None")
+        schedule = make_schedule(diffusion.schedule, diffusion.num_steps, torch.get_default_device())
+        return VideoFusion(config.model, schedule, diffusion.noise_base_weight)
     return VDM(config.vdm) if config.network == "vdm" else Latte(config.model)
+
+
+def noise_options(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """How the frames of a clip share their noise, as `diffusion_loss` and `sample` take it."""
+    share, frames = config.diffusion.noise_base_weight, config.network_config.num_frames
+    weights = frame_weights(share, frames, device) if config.network == "videofusion" and share is not None else share
+    return {"sharing": config.diffusion.noise, "base_weight": weights}
 
 
 def check_network(config: TrainConfig, x0: Tensor, conditions: Mapping[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ from models.command_line import LARGEST_SEED, UsageError, check_range, one_line_
 from models.config import TrainConfig
 from models.data import contact_sheet, write_gif, write_mp4
 from models.latte import LatteConfig
+from models.networks import noise_options
 from models.sampling.codec import make_codec
 from models.sampling.draw import draw_clips, sampler_of
 from models.sampling.given import read_clip, read_images
@@ -245,8 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             variance="learned_range" if config.model.learn_sigma else "fixed_small",
             sampler=options.sampler if options.sampler != "auto" else sampler_of(config),
             prediction=config.diffusion.prediction,
-            sharing=config.diffusion.noise,
-            base_weight=config.diffusion.noise_base_weight,
+            **noise_options(config, device),
         )
         write_results(options, [codec.decode(clip) for clip in clips], hold, labels)
     print(f"{PROG}: wrote {options.num_clips} clips and sheet.png to {options.out}", file=sys.stderr)

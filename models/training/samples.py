@@ -8,7 +8,7 @@ from PIL import Image
 
 from models.config import TrainConfig
 from models.data import contact_sheet, write_gif
-from models.networks import Network
+from models.networks import Network, noise_options
 from models.sampling.codec import Codec
 from models.sampling.draw import draw_clips, sampler_of
 from models.training.distributed import World
@@ -37,8 +37,7 @@ def write_samples(
         precision=config.precision,
         sampler=sampler_of(config),
         prediction=config.diffusion.prediction,
-        sharing=config.diffusion.noise,
-        base_weight=config.diffusion.noise_base_weight,
+        **noise_options(config, schedule.device),
     )
     if not world.is_main or board is None:
         return

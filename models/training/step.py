@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import TrainConfig
-from models.networks import Network, build_network
+from models.networks import Network, build_network, noise_options
 from models.training.distributed import World, distribute, gradient_exchange
 from models.training.draws import Draws, draw
 from models.training.ema import update_ema
@@ -122,7 +122,6 @@ def loss_of(
             prediction=config.diffusion.prediction,
             learned_range=config.network_config.learn_sigma,
             hold=draws.given,
-            sharing=config.diffusion.noise,
-            base_weight=config.diffusion.noise_base_weight,
+            **noise_options(config, x0.device),
             sample_offset=sample_offset,
         )

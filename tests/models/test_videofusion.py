@@ -1,16 +1,28 @@
 """VideoFusion: its decomposition of the noise, the paper's loss, conditions and sampling."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from models import sample as sample_command
+from models import train
+from models.command_line import UsageError
 from models.latte import Latte, LatteConfig
+from models.networks import noise_options
+from models.sampling.network import load_network
+from models.training import step
+from models.training.data import Batches
+from models.training.distributed import World
 from models.videofusion import VideoFusion, frame_weights, middle_frame
 from tests.models.public_cases import fill
+from tests.models.runs import config, newest, options
 from vidkern.diffusion import diffusion_loss, make_schedule, sample
 from vidkern.ops import philox_normal
+from vidkern.rng import KeyStream
 
 BATCH, FRAMES, CHANNELS, SIZE, WEIGHT = 2, 5, 3, 8, 0.6
 SHAPE = (BATCH, FRAMES, CHANNELS, SIZE, SIZE)
@@ -195,8 +207,63 @@ def test_the_base_takes_the_weights_of_an_image_model() -> None:
     assert not any("sigma" in name for name in model.state_dict())
 
 
+RUN = {
+    "network": "videofusion",
+    "diffusion__noise": "mixed",
+    "diffusion__noise_base_weight": WEIGHT,
+    "model__learn_sigma": False,
+}
+
+
+def test_a_training_step_is_the_loss_on_noise_whose_base_is_the_middle_frames(tmp_path: Path) -> None:
+    settings, world = config(tmp_path, **RUN), World(0, 1, torch.device("cpu"))
+    run = step.make_run(settings, world)
+    fill(run.model.named_parameters(), 0)
+    before = copy.deepcopy(run.model)
+    seen: list[Tensor] = []
+    run.model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    x0, conditions = next(Batches(settings, world).after(0))
+    loss = step.train_step(run, x0, conditions)[0]
+    x, t = seen
+    weights = torch.tensor([WEIGHT, WEIGHT, 1.0, WEIGHT])
+    noise = philox_normal(x.shape, KeyStream(settings.seed).next(), sharing="mixed", base_weight=weights)
+    alpha, sigma = (c.view(-1, 1, 1, 1, 1) for c in run.schedule.coefficients(t))
+    torch.testing.assert_close(x, alpha * x0 + sigma * noise, rtol=0, atol=1e-5)
+    torch.testing.assert_close(((before(x, t, dropped={}) - noise) ** 2).mean(), loss, rtol=1e-5, atol=0)
+
+
+def test_a_run_is_trained_and_sampled_by_the_commands(tmp_path: Path) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    assert train.main(options(run_dir, **RUN, steps=2, log__checkpoint_every=2)) == 0
+    network, settings = load_network(run_dir)
+    assert isinstance(network, VideoFusion)
+    saved = newest(run_dir)["ema"]
+    assert all(torch.equal(value, saved[name]) for name, value in network.state_dict().items())
+    assert torch.equal(noise_options(settings, torch.device("cpu"))["base_weight"], frame_weights(WEIGHT, 4))
+    argv = ["--checkpoint", str(run_dir), "--out", str(out), "--steps", "2", "--device", "cpu"]
+    assert sample_command.main(argv) == 0
+    assert (out / "sheet.png").exists()
+
+
 @pytest.mark.parametrize(
-    ("options", "weight", "message"),
+    ("overrides", "message"),
+    [
+        ({"diffusion__prediction": "v"}, "--network videofusion wants --diffusion.prediction epsilon, got v"),
+        (
+            {"diffusion__noise": "progressive"},
+            "--network videofusion wants --diffusion.noise mixed, got progressive",
+        ),
+    ],
+)
+def test_a_process_that_it_does_not_decompose_is_refused(
+    tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        config(tmp_path, **{**RUN, **overrides})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weight", "message"),
     [
         ({"patch_embedding": "tubelet", "num_frames": 4}, 0.5, "wants patch_embedding uniform"),
         ({"image_condition": "concat"}, 0.5, "image_condition None"),
@@ -204,6 +271,6 @@ def test_the_base_takes_the_weights_of_an_image_model() -> None:
         ({}, 1.0, r"base_weight must be in \[0, 1\), got 1.0"),
     ],
 )
-def test_what_cannot_be_decomposed_is_refused(options: dict[str, Any], weight: float, message: str) -> None:
+def test_what_cannot_be_decomposed_is_refused(sizes: dict[str, Any], weight: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        VideoFusion(LatteConfig(**{**SMALL, **options}), SCHEDULE, weight)
+        VideoFusion(LatteConfig(**{**SMALL, **sizes}), SCHEDULE, weight)
