@@ -22,7 +22,6 @@ def visible(backward: Tensor, forward: Tensor) -> Tensor:
     height, width = backward.shape[-2:]
     x = backward[..., :1, :, :] + torch.arange(width, device=backward.device)
     y = backward[..., 1:, :, :] + torch.arange(height, device=backward.device)[:, None]
-    inside = (
-        (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
-    )  # a pixel reaches 0.5 around its centre
+    # a pixel reaches half a pixel around its centre
+    inside = (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
     return (inside & (error < RELATIVE * lengths + ABSOLUTE)).to(backward.dtype)
