@@ -82,6 +82,9 @@ class SampleConfig:
     """Steps of the sampler."""
     eta: float = 0.0
     """Noise of DDIM, from 0 to 1."""
+    frame_init: float | None = None
+    """FrameInit (ConsistI2V): start from noise with the layout of the given first frame, taken at this share of the
+    schedule, 0.85 in the paper; less holds the layout more. None: from noise alone."""
     weights: Literal["ema", "model"] | None = None
     """Averaged ("ema") or last ("model") weights; None: averaged ones if the file has them."""
     config: str | None = None
@@ -170,6 +173,8 @@ def completed(options: SampleConfig, config: TrainConfig) -> SampleConfig:
         check_range(name, getattr(options, name), 1, limits.get(name, math.inf))
     check_range("seed", options.seed, 0, LARGEST_SEED)
     check_range("eta", options.eta, 0, 1)
+    if options.frame_init is not None:
+        check_range("frame_init", options.frame_init, 0.001, 1)
     return options
 
 
@@ -223,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         labels = labels_of(options, config.model)
         task = task_pattern(options)
         hold = given_places(options, task, config.model.num_frames)
+        if options.frame_init is not None and (options.task in ("long-video", "progressive") or not hold[0]):
+            raise UsageError(f"--frame_init wants a task that is given the first frame, got --task {options.task}")
         given = given_clip(options, hold, config.data.frame_interval, codec.frame_size, codec.channels)
         known = None if given is None else codec.encode(given)
         make_folder(options.out)  # before the drawing, so that a bad name costs no clips
@@ -241,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             graph=options.graph,
             progress=True,
             task=task,
+            frame_init=options.frame_init,
             cfg_scale=options.cfg_scale,
             eta=options.eta,
             variance="learned_range" if config.model.learn_sigma else "fixed_small",

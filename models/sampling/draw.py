@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from models import image_to_video
 from models.config import TrainConfig
-from models.image_to_video import bind
 from models.networks import Network
 from models.sampling.guidance import guide
+from vidkern import ops
 from vidkern.diffusion import TASKS, Schedule, Task, sample, sample_long_video
 
 
@@ -28,6 +29,7 @@ def draw_clips(
     scales: Mapping[str, float] | None = None,
     known: Tensor | None = None,
     start: Tensor | None = None,
+    frame_init: float | None = None,
     frames: int | None = None,
     chunks: int = 1,
     overlap: int = 0,
@@ -47,6 +49,8 @@ def draw_clips(
         known: (count, F, C, H, W), whose given frames are read, or (F, C, H, W) for every clip; with `chunks` > 1,
             the first window.
         start: (count, F, C, H, W), the starting noise; None: it is drawn.
+        frame_init: level of FrameInit, which gives drawn starting noise the layout of the first frame in `known`, see
+            `models.image_to_video.frame_init`; None: without it. Not for a long video or a progressive task.
         frames: F, if not the network's.
         chunks: windows of a long video, of which each is given the last `overlap` frames of the one before.
         precision: "bfloat16" runs the network under autocast.
@@ -80,6 +84,8 @@ def draw_clips(
             if chunks == 1 or window is None:
                 model = _model(network, given, part, scales)
                 noise = size if start is None else start[split].to(device)
+                if frame_init is not None and window is not None:
+                    noise = _noise_like_first(window, frame_init, settings)
                 window = sample(model, noise, **settings, task=task, known=window)
             if chunks > 1:
                 model = _model(network, torch.arange(shape[0]) < overlap, part, scales)
@@ -94,8 +100,16 @@ def _model(
     """The network as `sample` calls it, for windows of which the frames `given`, bool (F,), are given."""
     model: Callable[..., Tensor] = network
     if getattr(network.config, "image_condition", None) is not None:
-        model = bind(network, given)
+        model = image_to_video.bind(network, given)
     return guide(model, conditions, scales or {}) if conditions else model
+
+
+def _noise_like_first(window: Tensor, level: float, settings: Mapping[str, Any]) -> Tensor:
+    """The noise that `sample` would draw, with the layout of the first frames of (B, F, C, H, W)."""
+    names = ("sharing", "base_weight", "sample_offset")
+    sharing = {name: settings[name] for name in names if name in settings}
+    noise = ops.philox_normal(tuple(window.shape), settings["key"], dtype=torch.float32, **sharing)
+    return image_to_video.frame_init(window[:, 0], noise, settings["schedule"], level=level)
 
 
 def sampler_of(config: TrainConfig) -> str:

@@ -1,16 +1,24 @@
 """Image-to-video: given frames in the network, in training and in sampling, and FrameInit's noise."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from models import sample as sample_command
+from models import train
 from models.checkpoints import load_weights
 from models.image_to_video import GIVEN_MIX, bind, draw_given, frame_init
 from models.latte import Latte, LatteConfig
+from models.sampling.draw import draw_clips
 from tests.models.public_cases import fill
+from tests.models.runs import options
 from vidkern.diffusion import diffusion_loss, image_to_video, interpolation, make_schedule, sample
+from vidkern.ops import philox_normal
 
 BATCH, FRAMES, CHANNELS, SIZE = 2, 4, 3, 8
 SMALL = {
@@ -26,8 +34,8 @@ GIVEN = torch.tensor([[True, False, False, True], [False, False, False, False]])
 T = torch.tensor([700, 300])
 
 
-def small(**options: Any) -> Latte:
-    model = Latte(LatteConfig(**{**SMALL, **options}))
+def small(**sizes: Any) -> Latte:
+    model = Latte(LatteConfig(**{**SMALL, **sizes}))
     fill(model.named_parameters(), 0)
     return model.eval()
 
@@ -108,9 +116,9 @@ def test_the_loss_of_a_training_step_is_that_of_the_frames_to_be_drawn() -> None
 def test_sampling_holds_given_frames_and_follows_them(way: str, task: Any) -> None:
     model, schedule = small(image_condition=way), make_schedule("linear")
     given = task(torch.zeros(1, dtype=torch.int64), FRAMES)[1][0]
-    options: dict[str, Any] = {"num_steps": 3, "variance": "fixed_small", "task": task}
+    settings: dict[str, Any] = {"num_steps": 3, "variance": "fixed_small", "task": task}
     shape, key = (BATCH, FRAMES, CHANNELS, SIZE, SIZE), torch.tensor([1, 0])
-    one, two = (sample(bind(model, given), shape, schedule, key, known=known, **options) for known in clips(6, 2))
+    one, two = (sample(bind(model, given), shape, schedule, key, known=known, **settings) for known in clips(6, 2))
     assert torch.equal(one[:, given], clips(6, 2)[0][:, given])
     assert (one - two)[:, ~given].abs().max() > 1e-3
     with_batch = sample(
@@ -119,7 +127,7 @@ def test_sampling_holds_given_frames_and_follows_them(way: str, task: Any) -> No
         schedule,
         key,
         known=clips(6)[0],
-        **options,
+        **settings,
     )
     assert torch.equal(one, with_batch)
 
@@ -204,6 +212,69 @@ def test_frame_init_leaves_the_noise_at_the_noisiest_level_and_is_the_still_clip
     torch.testing.assert_close(unfiltered, alpha * first[:, None] + sigma * noise, rtol=0, atol=1e-5)
     pure = frame_init(first, noise, schedule, level=1.0)
     torch.testing.assert_close(pure, noise, rtol=0, atol=0.05)
+
+
+def test_drawn_clips_start_from_frame_inits_noise_whatever_the_batches() -> None:
+    model, schedule, known = small(image_condition="concat"), make_schedule("linear"), clips(10)[0][0]
+    settings: dict[str, Any] = {"num_steps": 2, "task": image_to_video, "variance": "fixed_small"}
+    got = draw_clips(model, schedule, 3, batch_size=2, seed=4, known=known, frame_init=0.6, **settings)
+    noise = philox_normal((3, FRAMES, CHANNELS, SIZE, SIZE), torch.tensor([4, 0]))
+    start = frame_init(known[:1].expand(3, -1, -1, -1), noise, schedule, level=0.6)
+    given = torch.tensor([True, False, False, False])
+    whole = known.expand(3, -1, -1, -1, -1)
+    wanted = sample(bind(model, given), start, schedule, torch.tensor([4, 0]), known=whole, **settings)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[:, 0], whole[:, 0])
+    plain = draw_clips(model, schedule, 3, batch_size=2, seed=4, known=known, **settings)
+    assert (plain - got)[:, 1:].abs().max() > 0.01
+
+
+def test_a_long_video_goes_on_from_the_frames_before() -> None:
+    model, schedule = small(image_condition="concat"), make_schedule("linear")
+    seen: list[tuple[Tensor, Tensor]] = []
+    model.x_embedder.register_forward_pre_hook(
+        lambda _, inputs: seen.append((inputs[0][0, :, -1, 0, 0].clone(), inputs[0][0, :, :CHANNELS].clone()))
+    )
+    video = draw_clips(
+        model, schedule, 1, batch_size=1, seed=4, num_steps=2, chunks=2, overlap=1, variance="fixed_small"
+    )
+    masks = torch.stack([mask for mask, _ in seen])
+    assert torch.equal(masks, torch.tensor([[0.0] * 4] * 2 + [[1.0, 0, 0, 0]] * 2))
+    assert torch.equal(seen[-1][1][0], video[0, FRAMES - 1])
+    assert video.shape == (1, 2 * FRAMES - 1, CHANNELS, SIZE, SIZE)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    settings = {"model__image_condition": "concat", "model__in_channels": 3, "steps": 2, "log__checkpoint_every": 2}
+    assert train.main(options(folder, **settings)) == 0
+    return folder
+
+
+def test_the_commands_train_and_sample_with_a_given_image(run_dir: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    argv = ["--checkpoint", str(run_dir), "--out", str(tmp_path / "out"), "--image", str(tmp_path / "a.png")]
+    argv += ["--steps", "2", "--num_clips", "1", "--device", "cpu", "--task", "image-to-video"]
+    for extra in ([], ["--frame_init", "0.85"]):
+        assert sample_command.main(argv + extra) == 0
+        first = np.asarray(Image.open(tmp_path / "out" / "clip_000.gif").convert("RGB"))
+        assert np.abs(first.astype(int) - 200).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--frame_init", "0.85"], "--frame_init wants a task that is given the first frame, got --task standard"),
+        (["--frame_init", "1.5", "--task", "image-to-video"], "--frame_init wants"),
+    ],
+)
+def test_frame_init_without_a_first_frame_is_refused(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        sample_command.main(["--checkpoint", str(run_dir), "--device", "cpu", *argv])
+    assert message in capsys.readouterr().err
 
 
 BAD_CALLS = {
