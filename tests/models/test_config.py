@@ -126,7 +126,9 @@ def test_help_names_every_option_and_succeeds(capsys: pytest.CaptureFixture[str]
 def test_the_shipped_configurations_are_valid(path: Path) -> None:
     config = parse_train_config(["--config", str(path)])
     assert config.run_dir == f"outputs/{path.stem}"
-    assert yaml.safe_load(path.read_text())["model"]["depth"] == config.model.depth
+    written = yaml.safe_load(path.read_text())
+    assert written.get("network", "latte") == config.network
+    assert written[config.network_section]["num_frames"] == config.network_config.num_frames
 
 
 def test_the_papers_settings() -> None:
