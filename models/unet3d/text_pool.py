@@ -6,12 +6,15 @@ from torch import Tensor, nn
 #: Heads of the query's attention.
 HEADS = 4
 
-#: Standard deviation of the query and of the null text to begin with.
-STD = 0.02
+#: Standard deviation of the null text to begin with.
+NULL_STD = 0.02
 
 
 class TextPool(nn.Module):
     """Pool the embeddings of a text's tokens into one vector; a text that is dropped is a learned null vector.
+
+    The query is of unit variance to begin with: a small one would weigh all tokens alike, and of a short text most are
+    padding, which no two texts differ in.
 
     Args:
         text_width: W.
@@ -21,9 +24,9 @@ class TextPool(nn.Module):
     def __init__(self, text_width: int, size: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(text_width)
-        self.query = nn.Parameter(STD * torch.randn(1, 1, size))
+        self.query = nn.Parameter(torch.randn(1, 1, size))
         self.attention = nn.MultiheadAttention(size, HEADS, kdim=text_width, vdim=text_width, batch_first=True)
-        self.null = nn.Parameter(STD * torch.randn(size))
+        self.null = nn.Parameter(NULL_STD * torch.randn(size))
 
     def forward(self, text: Tensor, dropped: Tensor) -> Tensor:
         """Return (B, D) for text (B, L, W), of any L; ``dropped`` (B,) bool says whose text is null.
