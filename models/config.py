@@ -25,6 +25,8 @@ class DataConfig:
     by models.flow. Digits have exact motion for a network that wants it."""
     path: str | None = None
     """Folder or manifest of videos, or folder of latents or of motion."""
+    latents: bool = False
+    """Train on the latents that models.flow stored beside the motion, not on the pixels."""
     size: int | None = None
     """Side of digits in pixels for a network of motion, whose own size is the motion's. None: the same."""
     text: str | None = None
@@ -115,6 +117,9 @@ class TrainConfig:
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, samples/, export/."""
     resume: str = "auto"
     """"auto": go on from the newest checkpoint of run_dir if there is one; "never"; or a checkpoint's path."""
+    init: str | None = None
+    """Weights of a network like this one that a new run begins with: a run's folder, a checkpoint (.pt) or exported
+    weights. Those of a Latte without model.image_condition fit one with it, which begins as the same function."""
     steps: int = 100000
     """Optimiser steps of the whole run."""
     batch_size: int = 8
@@ -249,5 +254,7 @@ def _check_conditions(config: TrainConfig) -> None:
         raise UsageError(f"--network {config.network} with motion wants --data.kind digits or motion, got {data.kind}")
     if data.size is not None and (config.network != "vdm" or data.kind != "digits"):
         raise UsageError(f"--data.size wants --network vdm and --data.kind digits, got {config.network}, {data.kind}")
+    if data.latents and data.kind != "motion":
+        raise UsageError(f"--data.latents wants --data.kind motion, got {data.kind}")
     if data.images and config.network != "latte":
         raise UsageError(f"--data.images wants --network latte, got {config.network}")

@@ -1,4 +1,6 @@
-"""Trains Latte or FVDM: `python -m models.train --config models/configs/latte_s_digits.yaml --optim.lr 2e-4`.
+"""Trains Latte, FVDM, S2DM, VDM or VideoFusion.
+
+    python -m models.train --config models/configs/latte_s_digits.yaml --optim.lr 2e-4
 
 `torchrun --nproc-per-node=N -m models.train ...` shares the same batch between N processes. A run writes to `run_dir`:
 
@@ -21,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models.command_line import UsageError, one_line_errors, to_dict, to_yaml
 from models.config import TrainConfig, parse_train_config
@@ -81,6 +84,7 @@ def train(run: Run, batches: Batches, metrics: Metrics, codec: Codec | None) -> 
     Returns whether the last checkpoint was written.
     """
     config, log, written = run.config, run.config.log, True
+    real = batches.first(log.sample_clips) if codec is not None else None
     for x0, conditions in itertools.islice(batches.after(run.step), config.steps - run.step):
         metrics.record(train_step(run, x0, conditions), learning_rate(config.optim, run.step))
         last = run.step == config.steps
@@ -91,8 +95,8 @@ def train(run: Run, batches: Batches, metrics: Metrics, codec: Codec | None) -> 
         with metrics.clock_stopped():
             if checkpoint_due:
                 written = save(run)
-            if codec is not None and samples_due:
-                show_samples(run, codec, metrics.board)
+            if codec is not None and real is not None and samples_due:
+                show_samples(run, codec, metrics.board, real)
     return written
 
 
@@ -109,10 +113,10 @@ def save(run: Run) -> bool:
     return True
 
 
-def show_samples(run: Run, codec: Codec, board: Board | None) -> None:
+def show_samples(run: Run, codec: Codec, board: Board | None, real: tuple[Tensor, dict[str, Tensor]]) -> None:
     """Draw and write sample clips; where they cannot be written say why."""
     try:
-        write_samples(run.ema, codec, run.schedule, run.config, run.step, run.world, board)
+        write_samples(run.ema, codec, run.schedule, run.config, run.step, run.world, board, real)
     except OSError as error:
         warn(f"no sample clips of step {run.step}: {error.strerror or error}")
 

@@ -10,6 +10,7 @@ from models.autoencoder import decode_latents, downsampling, load_autoencoder, p
 from models.command_line import UsageError
 from models.config import NetworkConfig, TrainConfig
 from models.data.latents import read_index
+from models.data.motion import read_motion_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ def load_latents(config: TrainConfig, vae: str | None, device: torch.device) -> 
 
 def _vae_of_data(config: TrainConfig) -> str:
     try:
-        return read_index(str(config.data.path)).vae
+        folder = str(config.data.path)
+        return read_index(folder).vae if config.data.kind == "latents" else str(read_motion_index(folder).vae)
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}; give --vae to decode without them") from error

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from models.command_line import UsageError
 from models.config import NetworkConfig, TrainConfig
-from models.data import LatentDataset, MovingDigits, ResumableSampler, VideoError, VideoFolder
+from models.data import LatentDataset, MotionDataset, MovingDigits, ResumableSampler, VideoError, VideoFolder
 from models.data.seeded import Sample, SeededDataset
 from models.networks import check_network
 from models.text.dataset import TextDataset
@@ -35,6 +35,10 @@ def make_clips(config: TrainConfig) -> SeededDataset:
             seed=config.seed,
         )
     assert data.path is not None  # parse_train_config has seen to it
+    if data.kind == "motion":
+        return MotionDataset(
+            data.path, num_frames=network.num_frames, latents=data.latents, flip=data.flip, seed=config.seed
+        )
     if data.kind == "latents":
         return LatentDataset(
             data.path, num_frames=network.num_frames, frame_interval=data.frame_interval, seed=config.seed
@@ -126,7 +130,7 @@ class Batches:
         if name == "reference":
             return _clip(batch)[:, 0]
         if name == "image" and self.image_encoder is not None and "video" in batch:
-            return self.image_encoder.encode(batch["video"][:, 0])
+            return self.image_encoder.encode(batch["video"][:, 0]).clone()  # out of inference mode
         source = _SOURCES.get(name, name)
         if source not in batch:
             raise UsageError(f"the network wants {name}: the data has {', '.join(batch)}")
