@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from models.command_line import LARGEST_SEED, UsageError, check_range, one_line_errors, parse
 from models.evaluation import report
@@ -166,6 +167,8 @@ def draw_sets(options: EvaluateConfig, device: torch.device) -> Sets:
         raise UsageError("this network has no classes: it takes no --cfg_scale")
     check_range("steps", options.steps, 1, config.diffusion.num_steps)
     frames, codec = network.config.num_frames, make_codec(config, options.vae, device)
+    if set(options.metrics) & set(FEATURE_METRICS) and frames < LEAST_FRAMES:
+        raise UsageError(f"fvd and kvd want clips of at least {LEAST_FRAMES} frames, this network draws {frames}")
     real = _cut_real(options, frames, options.frame_interval or config.data.frame_interval, codec.frame_size)
     task = TASKS["standard"] if options.task == "given-frames" else TASKS[options.task]
     if options.task == "given-frames":
@@ -210,65 +213,56 @@ def _limit_pairs(options: EvaluateConfig, real: CutClips, fake: CutClips) -> Non
         raise UsageError(f"--pairs wants as many clips in both sets, got {len(real)} real and {len(fake)} generated")
 
 
-def measure(
+def compare_sets(
     options: EvaluateConfig, sets: Sets, device: torch.device
-) -> tuple[dict[str, report.Result], Any, list[str]]:
-    """The results by metric, I3D's protocol (empty where it is not used), and notes on how to read them."""
-    results: dict[str, report.Result] = {}
-    protocol: dict[str, Any] = {}
-    notes: list[str] = []
+) -> tuple[dict[str, report.Result], dict[str, Any], list[str]]:
+    """FVD with its bootstrap interval and KVD with its standard error; I3D's protocol; notes on how to read them."""
     wanted = [name for name in options.metrics if name in FEATURE_METRICS]
-    if wanted:
-        extractor = FeatureExtractor(options.i3d, device=device, batch_size=options.batch_size)
-        protocol = {"layer": LAYER, "i3d_input": f"{SIDE} x {SIDE}, bilinear", "i3d_sha256": extractor.sha256}
-        loaders = [DataLoader(clips, batch_size=None, num_workers=options.workers) for clips in (sets.real, sets.fake)]
-        real, fake = (
-            extractor(loader, progress=f"I3D, {name}", total=count)
-            for name, loader, count in zip(("real", "generated"), loaders, sets.counts, strict=True)
-        )
-        results |= distances(options, wanted, real, fake, sets.paired)
-        notes += set_notes(real, fake)
-    if wanted := [name for name in options.metrics if name in PAIR_METRICS]:
-        qualities = [frame_quality(sets.real[i], sets.fake[i], sets.given) for i in range(sets.counts[0])]
-        for name in wanted:
-            values = np.array([getattr(quality, name)[quality.made].mean() for quality in qualities])
-            results[name] = as_result(bootstrap_mean(values, resamples=options.resamples, seed=options.seed))
-        notes += given_notes(qualities)
-    return results, protocol, notes
-
-
-def distances(
-    options: EvaluateConfig, wanted: Sequence[str], real: np.ndarray, fake: np.ndarray, paired: bool
-) -> dict[str, report.Result]:
-    """FVD with its bootstrap interval, KVD with its standard error."""
+    if not wanted:
+        return {}, {}, []
+    extractor = FeatureExtractor(options.i3d, device=device, batch_size=options.batch_size)
+    protocol = {"layer": LAYER, "i3d_input": f"{SIDE} x {SIDE}, bilinear", "i3d_sha256": extractor.sha256}
+    loaders = [DataLoader(clips, batch_size=None, num_workers=options.workers) for clips in (sets.real, sets.fake)]
+    real, fake = (
+        extractor(loader, progress=f"I3D, {name}", total=count)
+        for name, loader, count in zip(("real", "generated"), loaders, sets.counts, strict=True)
+    )
+    same = real.shape == fake.shape and np.array_equal(real, fake)
     results = {}
     if "fvd" in wanted:
-        estimate = bootstrap_distance(
-            frechet_distance, real, fake, paired=paired, resamples=options.resamples, seed=options.seed
-        )
-        results["fvd"] = as_result(estimate)
+        paired, chance = sets.paired or same, {"resamples": options.resamples, "seed": options.seed}
+        results["fvd"] = as_result(bootstrap_distance(frechet_distance, real, fake, paired=paired, **chance))
     if "kvd" in wanted:
         value, error = kernel_distance(real, fake, seed=options.seed)
         results["kvd"] = report.Result(value, value - 1.96 * error, value + 1.96 * error, error)
-    return results
+    notes = ["both sets hold the same clips"] if same else []
+    if "fvd" in wanted and min(sets.counts) < FEW:
+        notes.append(
+            f"FVD is biased upwards with few clips ({len(real)} and {len(fake)} here; papers take {FEW}): "
+            "compare it with FVD of as many clips only"
+        )
+    return results, protocol, notes
+
+
+def compare_pairs(options: EvaluateConfig, sets: Sets) -> tuple[dict[str, report.Result], list[str]]:
+    """SSIM and PSNR, averaged over the frames of a clip that were not given, then over clips; notes on the given."""
+    wanted = [name for name in options.metrics if name in PAIR_METRICS]
+    if not wanted:
+        return {}, []
+    qualities = [
+        frame_quality(sets.real[i], sets.fake[i], sets.given)
+        for i in tqdm(range(sets.counts[0]), desc="pairs", unit="clip", dynamic_ncols=True)
+    ]
+    results: dict[str, report.Result] = {}
+    for name in wanted:
+        values = np.array([getattr(quality, name)[quality.made].mean() for quality in qualities])
+        results[name] = as_result(bootstrap_mean(values, resamples=options.resamples, seed=options.seed))
+    return results, given_notes(qualities)
 
 
 def as_result(estimate: Estimate) -> report.Result:
     """A bootstrapped number."""
     return report.Result(estimate.value, estimate.low, estimate.high)
-
-
-def set_notes(real: np.ndarray, fake: np.ndarray) -> list[str]:
-    """What a reader of FVD must know of these sets."""
-    notes = []
-    if min(len(real), len(fake)) < FEW:
-        notes.append(
-            f"FVD is biased upwards with few clips ({len(real)} and {len(fake)} here; papers take {FEW}): "
-            "compare it with FVD of as many clips only"
-        )
-    if real.shape == fake.shape and np.array_equal(real, fake):
-        notes.append("both sets hold the same clips")
-    return notes
 
 
 def given_notes(qualities: Sequence[Quality]) -> list[str]:
@@ -284,6 +278,27 @@ def given_notes(qualities: Sequence[Quality]) -> list[str]:
     return notes
 
 
+def protocol_of(options: EvaluateConfig, sets: Sets) -> dict[str, Any]:
+    """What the numbers follow from besides the network of features."""
+    drawn = {"task": options.task, "steps": options.steps, "cfg_scale": options.cfg_scale} if options.checkpoint else {}
+    span = (sets.real.num_frames - 1) * sets.real.frame_interval + 1
+    return {
+        "real": options.real,
+        "generated": options.fake or options.checkpoint,
+        **drawn,
+        "clips_real": sets.counts[0],
+        "clips_generated": sets.counts[1],
+        "frames": sets.real.num_frames,
+        "frame_interval": sets.real.frame_interval,
+        "stride": options.stride or span,
+        "size": list(sets.real.size),
+        "pairs": sets.paired,
+        "given": list(sets.given),
+        "interval": f"{LEVEL:.0%}, bootstrap over clips, {options.resamples} resamples",
+        "seed": options.seed,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; a mistake of the caller is one line and status 2."""
     with one_line_errors(PROG):
@@ -292,24 +307,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = pick_device(options.device)
         make_folder(options.out)
         sets = cut_sets(options) if options.fake is not None else draw_sets(options, device)
-        results, network, notes = measure(options, sets, device)
-        protocol = {
-            "real": options.real,
-            "generated": options.fake or options.checkpoint,
-            "task": options.task if options.checkpoint else None,
-            "steps": options.steps if options.checkpoint else None,
-            "clips_real": sets.counts[0],
-            "clips_generated": sets.counts[1],
-            "frames": sets.real.num_frames,
-            "frame_interval": sets.real.frame_interval,
-            "stride": options.stride or (sets.real.num_frames - 1) * sets.real.frame_interval + 1,
-            "size": list(sets.real.size),
-            "pairs": sets.paired,
-            "given": list(sets.given),
-            **network,
-            "interval": f"{LEVEL:.0%}, bootstrap over clips, {options.resamples} resamples",
-            "seed": options.seed,
-        }
+        results, network, notes = compare_sets(options, sets, device)
+        pair_results, pair_notes = compare_pairs(options, sets)
+        results, notes = {**results, **pair_results}, [*notes, *pair_notes]
+        protocol = {**protocol_of(options, sets), **network}
         text = report.table(results, f"{sets.counts[0]} real, {sets.counts[1]} generated")
         report.write(Path(options.out), protocol, results, notes, text)
     print("\n".join(f"{name}: {value}" for name, value in protocol.items() if value not in (None, [])))
