@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from models import image_to_video
 from models.config import TrainConfig
-from models.networks import Network
+from models.networks import Network, noise_options
 from models.sampling.guidance import guide
 from vidkern import ops
 from vidkern.diffusion import TASKS, Schedule, Task, sample, sample_long_video
@@ -110,6 +110,16 @@ def _noise_like_first(window: Tensor, level: float, settings: Mapping[str, Any])
     sharing = {name: settings[name] for name in names if name in settings}
     noise = ops.philox_normal(tuple(window.shape), settings["key"], dtype=torch.float32, **sharing)
     return image_to_video.frame_init(window[:, 0], noise, settings["schedule"], level=level)
+
+
+def process_of(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """What `vidkern.diffusion.sample` must know of the process that a run learnt."""
+    return {
+        "prediction": config.diffusion.prediction,
+        "variance": "learned_range" if config.network_config.learn_sigma else "fixed_small",
+        "step_sharing": "shared" if config.diffusion.noise == "shared" else "independent",
+        **noise_options(config, device),
+    }
 
 
 def sampler_of(config: TrainConfig) -> str:
