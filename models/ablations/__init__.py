@@ -1,0 +1,1 @@
+"""The papers' ablations: trained, drawn, measured and told apart by `python -m models.ablations`."""
