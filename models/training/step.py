@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.checkpoints import load_weights
 from models.config import TrainConfig
 from models.networks import Network, build_network, noise_options
+from models.sampling.network import find_checkpoint
 from models.training.distributed import World, distribute, gradient_exchange
 from models.training.draws import Draws, draw
 from models.training.ema import update_ema
@@ -48,11 +50,17 @@ class Run:
 
 
 def make_run(config: TrainConfig, world: World) -> Run:
-    """Build a run at step 0, the same in every process."""
+    """Build a run at step 0, the same in every process.
+
+    Raises ValueError or OSError for sizes that cannot be built, or weights to begin with that are not there or do not
+    fit.
+    """
     seed_process(config.seed)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as the papers' code trains
     model = build_network(config).to(world.device)
+    if config.init is not None:
+        load_weights(model, find_checkpoint(Path(config.init)))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     model.activation_checkpointing = config.activation_checkpointing
     if config.compile:

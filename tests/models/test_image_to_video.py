@@ -12,11 +12,14 @@ from torch import Tensor
 from models import sample as sample_command
 from models import train
 from models.checkpoints import load_weights
+from models.command_line import UsageError
 from models.image_to_video import GIVEN_MIX, bind, draw_given, frame_init
 from models.latte import Latte, LatteConfig
 from models.sampling.draw import draw_clips
+from models.training import step
+from models.training.distributed import World
 from tests.models.public_cases import fill
-from tests.models.runs import options
+from tests.models.runs import config, options
 from vidkern.diffusion import diffusion_loss, image_to_video, interpolation, make_schedule, sample
 from vidkern.ops import philox_normal
 
@@ -260,6 +263,20 @@ def test_the_commands_train_and_sample_with_a_given_image(run_dir: Path, tmp_pat
         assert sample_command.main(argv + extra) == 0
         first = np.asarray(Image.open(tmp_path / "out" / "clip_000.gif").convert("RGB"))
         assert np.abs(first.astype(int) - 200).max() <= 2
+
+
+def test_a_run_begins_with_the_weights_of_a_network_without_given_frames(tmp_path: Path) -> None:
+    world, image = World(0, 1, torch.device("cpu")), {"model__image_condition": "concat"}
+    plain = step.make_run(config(tmp_path), world).model
+    fill(plain.named_parameters(), 3)
+    torch.save({"ema": plain.state_dict()}, tmp_path / "plain.pt")
+    run = step.make_run(config(tmp_path, **image, init=tmp_path / "plain.pt"), world)
+    x, t = torch.randn(2, 4, 1, 16, 16), torch.tensor([700, 40])
+    given = torch.zeros(2, 4, dtype=torch.bool)
+    for model in (run.model.eval(), run.ema):
+        torch.testing.assert_close(model(x, t, known=x, given=given), plain.eval()(x, t), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UsageError, match="no checkpoint at nowhere"):
+        step.make_run(config(tmp_path, init="nowhere"), world)
 
 
 @pytest.mark.parametrize(
