@@ -23,7 +23,7 @@ from vidkern.nn import (
     rotary_tables,
     zero_linear,
 )
-from vidkern.ops.attention.op import TEMPORAL_HEAD_SIZES
+from vidkern.ops.attention.op import MAX_FRAMES, TEMPORAL_HEAD_SIZES
 
 #: Buckets of the relative bias of temporal attention, and the frames from which on they are all alike.
 BUCKETS, MAX_DISTANCE = 32, 32
@@ -39,7 +39,7 @@ class VDMConfig:
     Attributes:
         input_size: height and width of a frame, or (height, width): multiples of 2 to the number of levels less one.
         in_channels: C of the input: 3 for motion; the output has 2C with ``learn_sigma``.
-        num_frames: frames of the training clips. Other counts work too.
+        num_frames: frames of the training clips, at most 256. Other counts work too.
         base_channels: channels at the full resolution, a multiple of 8.
         channel_multipliers: of ``base_channels``, one for each level; each level has half the resolution of the last.
         num_heads: H of every attention.
@@ -77,7 +77,7 @@ class VDMConfig:
             ("base_channels", self.base_channels > 0 and self.base_channels % GRANULE == 0, f"a multiple of {GRANULE}"),
             ("input_size", whole, f"a multiple of {self.downscale}, which is halved at each level after the first"),
             ("in_channels", self.in_channels > 0, "positive"),
-            ("num_frames", self.num_frames > 0, "positive"),
+            ("num_frames", 0 < self.num_frames <= MAX_FRAMES, f"from 1 to {MAX_FRAMES}"),
             ("num_heads", self.num_heads > 0, "positive"),
             ("head_size", self.head_size in TEMPORAL_HEAD_SIZES, f"one of {sizes}"),
             ("spatial_from", self.spatial_from >= 0, "at least 0"),
@@ -302,6 +302,8 @@ class VDM(nn.Module):
             raise ValueError(f"t must be (B,) = {(batch,)} or (B, F) = {(batch, frames)}, got {tuple(t.shape)}")
         if not 0 <= num_images < frames:
             raise ValueError(f"num_images must be at least 0 and below x's {frames} frames, got {num_images}")
+        if frames - num_images > MAX_FRAMES:
+            raise ValueError(f"x must have at most {MAX_FRAMES} frames, got F = {frames - num_images}")
         width, channels = config.text_width, config.reference_channels
         _check_condition("text", text, None if width is None else (batch, "L", width))
         _check_condition("reference", reference, None if channels is None else (batch, channels, "H", "W"))
