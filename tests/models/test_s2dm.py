@@ -161,8 +161,8 @@ def test_training_draws_the_drops_of_each_condition_by_its_own_probability():
     torch.manual_seed(0)
     model = small(text_dropout=0.5, motion_dropout=0.0).train()
     x, t, conditions = inputs()
-    many = {name: value[:1].expand(200, *value.shape[1:]) for name, value in conditions.items()}
-    x, t = x[:1, :1].expand(200, -1, -1, -1, -1), t[:1].expand(200)
+    many = {name: value[:1].expand(100, *value.shape[1:]) for name, value in conditions.items()}
+    x, t = x[:1, :1].expand(100, -1, -1, -1, -1), t[:1].expand(100)
     many["motion"] = many["motion"][:, :1]
     out = model(x, t, **many)
     kept, without = (
@@ -172,7 +172,7 @@ def test_training_draws_the_drops_of_each_condition_by_its_own_probability():
     is_kept = (out - kept).flatten(1).abs().amax(1) < 1e-9
     is_dropped = (out - without).flatten(1).abs().amax(1) < 1e-9
     assert (is_kept ^ is_dropped).all()
-    assert 70 < is_dropped.sum() < 130  # 100 +- 4 standard deviations
+    assert 30 < is_dropped.sum() < 70  # 50 +- 4 standard deviations
     assert torch.equal(model(x, t, **many, dropped={}), model.eval()(x, t, **many))
 
 
@@ -223,10 +223,8 @@ def test_a_clip_at_rest_is_drawn_from_its_given_first_frame():
     rest = torch.tensor([0.0, 0.0, 1.0]).view(1, 1, 3, 1, 1).expand(BATCH, FRAMES, 3, 8, 8)  # no flow, all shown
     schedule = make_schedule("scaled_linear")
     alone = functools.partial(model, text=text, motion=rest[:, :1])
-    noise = invert(alone, first, schedule, 10, refinements=8).expand(-1, FRAMES, -1, -1, -1)
-    clips = sample(
-        functools.partial(model, text=text, motion=rest), noise, schedule, torch.tensor([7, 0]), num_steps=10
-    )
+    noise = invert(alone, first, schedule, 5, refinements=8).expand(-1, FRAMES, -1, -1, -1)
+    clips = sample(functools.partial(model, text=text, motion=rest), noise, schedule, torch.tensor([7, 0]), num_steps=5)
     assert (noise[:, :1] - first).norm() / first.norm() > 0.5
     for f in range(FRAMES):
         assert (clips[:, f] - first[:, 0]).norm() / first.norm() < 1e-3
@@ -299,7 +297,7 @@ def test_bfloat16_autocast_is_close_to_float32():
 
 
 def test_the_graph_is_whole_and_the_same_for_every_drop():
-    model, (x, t, conditions) = small().train(), inputs()
+    model, (x, t, conditions) = small(block_out_channels=(16,)).train(), inputs()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     ours = compiled(x, t, **conditions, dropped={"text": samples(True, False)})
     with torch.compiler.set_stance("fail_on_recompile"):
