@@ -19,15 +19,18 @@ import torch
 from models import train
 from models.config import TrainConfig, parse_train_config
 from models.training import checkpointing, metrics, step
+from models.training.rng import seed_step
 
 FILE_LIMIT = 60_000  # bytes: less than a checkpoint of a tiny run, more than its logs
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([__name__, "sklearn.datasets", "torch._dynamo"])  # what a run imports later
+_context.set_forkserver_preload(  # what a run imports later
+    [__name__, "sklearn.datasets", "torch._dynamo", "diffusers.models.unets.unet_2d_condition"]
+)
 
 
 def options(run_dir: Path, **overrides: Any) -> list[str]:
-    """The command line of a tiny run on digits; `a__b=c` is --a.b c, True and False are flags."""
+    """The command line of a tiny run on digits; `a__b=c` is --a.b c, True and False are flags, a tuple its items."""
     values = {
         "run_dir": run_dir,
         "steps": 6,
@@ -55,7 +58,7 @@ def options(run_dir: Path, **overrides: Any) -> list[str]:
             parent, _, last = option.rpartition(".")
             argv.append(f"--{parent + '.' if parent else ''}{'' if value else 'no_'}{last}")
         else:
-            argv += [f"--{option}", str(value)]
+            argv += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
     return argv
 
 
@@ -94,10 +97,16 @@ class Child:
         kill: tuple[str, int] | None = None,
         file_limit: int | None = None,
         env: dict[str, str] | None = None,
+        own_draws: bool = False,
     ) -> None:
-        """`kill`: an event of MOMENTS and which of its occurrences ends the process with SIGKILL."""
+        """`kill`: an event of MOMENTS and which of its occurrences ends the process with SIGKILL.
+
+        `own_draws` plants a fault: each process draws the whole batch's timesteps and drops from a seed of its own.
+        """
         self.log = log
-        self.process = _context.Process(target=_run, args=(list(argv), str(log), kill, file_limit, env or {}))
+        self.process = _context.Process(
+            target=_run, args=(list(argv), str(log), kill, file_limit, env or {}, own_draws)
+        )
         self.process.start()
 
     def kill_after(self, seconds: float) -> None:
@@ -118,20 +127,25 @@ class Child:
         return [line for line in self.log.read_text().replace("\r", "\n").splitlines() if line.startswith("models.")]
 
 
-def run_world(size: int, argv: Sequence[str], log: Path) -> list[Child]:
+def run_world(size: int, argv: Sequence[str], log: Path, **faults: Any) -> list[Child]:
     """Start `size` processes with the environment that torchrun gives them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    return [
-        Child(argv, log.with_suffix(f".{rank}"), env={**shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(size)
-    ]
+    ranks = [{**shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    return [Child(argv, log.with_suffix(f".{rank}"), env=env, **faults) for rank, env in enumerate(ranks)]
 
 
-def _run(argv: list[str], log: str, kill: tuple[str, int] | None, file_limit: int | None, env: dict[str, str]) -> None:
+def _run(
+    argv: list[str],
+    log: str,
+    kill: tuple[str, int] | None,
+    file_limit: int | None,
+    env: dict[str, str],
+    own_draws: bool,
+) -> None:
     os.environ.update(env)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -141,10 +155,16 @@ def _run(argv: list[str], log: str, kill: tuple[str, int] | None, file_limit: in
     with contextlib.ExitStack() as stack:
         if kill is not None:
             stack.enter_context(MOMENTS[kill[0]](kill[1]))
+        if own_draws:
+            stack.enter_context(mock.patch.object(step, "seed_step", _seed_by_rank))
         if file_limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
         sys.exit(train.main(argv))
+
+
+def _seed_by_rank(generator: torch.Generator, seed: int, number: int, rank: int) -> None:
+    seed_step(generator, seed + rank, number, rank)
 
 
 def _die() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.training import checkpointing
-from tests.models.runs import FILE_LIMIT, Child, assert_same_state, newest, options, read_metrics, run_world
+from tests.models.runs import FILE_LIMIT, Child, assert_same_state, newest, options, read_metrics
 
 STEPS = 12
 # label dropout, PTSS, parts of unequal size and clipping all take part
@@ -108,26 +108,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over(uninterrupted: Path, tmp_pat
     assert "cannot read the checkpoint" in again.lines[0]
     assert "after step 3" in again.lines[1]
     assert_as_uninterrupted(tmp_path, uninterrupted)
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(strategy: str, tmp_path: Path) -> None:
-    common = {**WHOLE, "steps": 6, "micro_batch_size": 2, "model__class_dropout": 0.0, "batch_size": 6}
-    alone = Child(options(tmp_path / "one", **common), tmp_path / "log")
-    both = run_world(2, options(tmp_path / "two", **common, strategy=strategy), tmp_path / "log2")
-    assert alone.wait() == 0
-    assert [child.wait() for child in both] == [0, 0], both[0].log.read_text()
-    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-6)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-5)
-
-    # a checkpoint of two processes is one process's to go on from
-    rest = {**common, "steps": 8}
-    assert Child(options(tmp_path / "two", **rest), tmp_path / "log").wait() == 0
-    assert Child(options(tmp_path / "one", **rest), tmp_path / "log").wait() == 0
-    for a, b in zip(read_metrics(tmp_path / "one")[6:], read_metrics(tmp_path / "two")[6:], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-6)
 
 
 def test_one_line_when_a_checkpoint_is_of_another_network(tmp_path: Path) -> None:
