@@ -120,10 +120,8 @@ def draw_from_noise(options: SampleConfig, device: torch.device) -> None:
     """Draw and write the clips of a task whose frames come from noise and given frames."""
     network, config = load_network(options.checkpoint, options.weights, options.config)
     if config.network in ("s2dm", "vdm"):
-        use = "--task text-to-video or motion-transfer" if config.network == "s2dm" else "--motion_checkpoint"
-        raise UsageError(
-            f"--task {options.task} has no use for a network of motion: {options.checkpoint} goes with {use}"
-        )
+        use = f"--task {' or '.join(MOTION_TASKS)}" if config.network == "s2dm" else "--motion_checkpoint"
+        raise UsageError(f"--task {options.task} does not go with {config.network}, whose use is {use}")
     options = completed(options, config)
     codec = make_codec(config, options.vae, device)
     labels, scales = labels_of(options, config.network_config), scales_of(options, config.network_config)

@@ -37,42 +37,43 @@ def draw_with_motion(options: SampleConfig, device: torch.device) -> Rendered:
     _check(options, config)
     options = completed(options, config)
     renderer = _stage(network, config, options, device, scales_of(options, config.network_config))
-    artist = _artist(options, device) if options.motion_checkpoint is not None else None
-    _check_text(options, [stage.config for stage in (renderer, artist) if stage is not None])
     codec, texts = make_codec(config, options.vae, device), text_condition(options, config)
-    driving = _driving(options, config, codec.frame_size)
+    size, count = codec.frame_size, options.num_clips
+    artist, driving, motion = None, None, torch.empty(0)
+    if options.motion_checkpoint is not None:
+        artist = _artist(options, device, (config.network_config.in_channels, codec.channels))
+    else:
+        driving = read_clip(
+            options.clip[0], config.network_config.num_frames, config.data.frame_interval, size, channels=3
+        )
+        extractor = load_extractor(options.extractor, options.raft, device)
+        motion = to_network(*clip_motion(to_uint8(driving), extractor)).expand(count, -1, -1, -1, -1)
+    _check_text(options, [stage.config for stage in (renderer, artist) if stage is not None])
+    artist_texts = {} if artist is None else text_condition(options, artist.config)
     image = None
     if options.image is not None:
-        image = codec.encode(read_images([options.image], codec.frame_size, codec.channels))
+        image = codec.encode(read_images([options.image], size, codec.channels))
     make_folder(options.out)  # before the drawing, so that a bad name costs no clips
 
-    if image is None:
-        first = draw_first_frames(renderer, texts, options.num_clips, codec.frame_size)
-    else:
-        first = image.expand(options.num_clips, -1, -1, -1)
+    first = draw_first_frames(renderer, texts, count, size) if image is None else image.expand(count, -1, -1, -1)
     pixels = codec.decode(first)
-    if artist is not None:
-        motion = draw_motion(artist, text_condition(options, artist.config) | _reference(artist, first, pixels))
-        motion = resized(motion, codec.frame_size)
-    else:
-        assert driving is not None  # _check has seen to it
-        extractor = load_extractor(options.extractor, options.raft, device)
-        flow = to_network(*clip_motion(to_uint8(driving), extractor))
-        motion = flow.expand(options.num_clips, -1, -1, -1, -1)
-
     conditions = texts | _of_first_frame(config, first, pixels, device)
-    given: dict[str, Any] = {}
-    if image is not None:
-        one = {name: value[:1] for name, value in conditions.items()}
-        known = torch.zeros(motion.shape[1], *first.shape[1:])
-        known[0] = first[0]
-        given = {
-            "noise": noise_of(renderer, first[:1], one, codec.frame_size).expand(options.num_clips, -1, -1, -1, -1),
-            "task": image_to_video,
-            "known": known,
-        }
+    if artist is not None:
+        motion = resized(draw_motion(artist, artist_texts | _reference(artist, first, pixels)), size)
+    given = {} if image is None else _from_image(renderer, image, conditions, size, motion.shape[1])
     clips = render(renderer, motion, conditions, **given)
     return Rendered(torch.stack([codec.decode(clip) for clip in clips]), pixels, motion, driving)
+
+
+def _from_image(
+    renderer: Stage, image: Tensor, conditions: dict[str, Tensor], size: tuple[int, int], frames: int
+) -> dict[str, Any]:
+    """Options of `render` for clips that begin with the image (1, C, H, W): its noise, and the frame itself, held."""
+    one = {name: value[:1] for name, value in conditions.items()}
+    noise = noise_of(renderer, image, one, size)
+    known = torch.zeros(frames, *image.shape[1:])
+    known[0] = image[0]
+    return {"noise": noise, "task": image_to_video, "known": known}
 
 
 def sheet_rows(rendered: Rendered, given: bool) -> tuple[list[Tensor], list[str], list[Tensor]]:
@@ -115,15 +116,24 @@ def _check(options: SampleConfig, config: TrainConfig) -> None:
 
 def _check_text(options: SampleConfig, configs: list[TrainConfig]) -> None:
     if options.text is not None and not any("text" in config.network_config.conditions for config in configs):
-        raise UsageError(f"--text: {' and '.join(config.network for config in configs)} of these take no text")
+        raise UsageError(f"--text does not go with {' and '.join(config.network for config in configs)} without text")
 
 
-def _artist(options: SampleConfig, device: torch.device) -> Stage:
-    """Stage 1: the VDM of --motion_checkpoint, whose noise has nothing to do with that of stage 2."""
+def _artist(options: SampleConfig, device: torch.device, channels: tuple[int, int]) -> Stage:
+    """Stage 1: the VDM of --motion_checkpoint, whose noise has nothing to do with that of stage 2.
+
+    `channels`: those of a frame for S2DM and in pixels, of which the VDM's reference must have one.
+    """
     assert options.motion_checkpoint is not None
     network, config = load_network(options.motion_checkpoint, options.weights)
     if config.network != "vdm":
         raise UsageError(f"--motion_checkpoint wants a VDM, got {config.network}")
+    wanted = config.vdm.reference_channels
+    if wanted not in (None, *channels):
+        got = " or, as pixels, ".join(map(str, channels))
+        raise UsageError(
+            f"--motion_checkpoint wants first frames of {wanted} channels, those of --checkpoint have {got}"
+        )
     scales = scales_of(options, config.network_config, "motion_cfg_")
     steps = options.steps if options.motion_steps is None else options.motion_steps
     check_range("motion_steps", steps, 1, config.diffusion.num_steps)
@@ -152,13 +162,6 @@ def _stage(
     return Stage(network.to(device), config, schedule, scales, settings | changed)
 
 
-def _driving(options: SampleConfig, config: TrainConfig, size: tuple[int, int]) -> Tensor | None:
-    """The clip (F, 3, *size) of --clip, if there is one."""
-    if not options.clip:
-        return None
-    return read_clip(options.clip[0], config.network_config.num_frames, config.data.frame_interval, size, 3)
-
-
 def _of_first_frame(config: TrainConfig, first: Tensor, pixels: Tensor, device: torch.device) -> dict[str, Tensor]:
     """The conditions of S2DM that the first frame is: itself (count, C, H, W), and its CLIP tokens (count, L, W)."""
     conditions, wanted = {}, config.network_config.conditions
@@ -174,14 +177,8 @@ def _of_first_frame(config: TrainConfig, first: Tensor, pixels: Tensor, device: 
 
 
 def _reference(artist: Stage, first: Tensor, pixels: Tensor) -> dict[str, Tensor]:
-    """The VDM's reference frame: S2DM's own form of it, or its pixels, whichever has the channels that it wants."""
-    if "reference" not in artist.config.network_config.conditions:
-        return {}
+    """The VDM's reference frame (count, C, h, w): S2DM's own form of it, or its pixels, by the channels wanted."""
     channels = artist.config.vdm.reference_channels
-    for frame in (first, pixels):
-        if frame.shape[1] == channels:
-            return {"reference": frame}
-    raise UsageError(
-        f"--motion_checkpoint wants a first frame of {channels} channels, the one of --checkpoint has "
-        f"{first.shape[1]} ({pixels.shape[1]} in pixels)"
-    )
+    if channels is None:
+        return {}
+    return {"reference": first if first.shape[1] == channels else pixels}

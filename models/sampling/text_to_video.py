@@ -105,9 +105,9 @@ def render(
         renderer: S2DM.
         motion: (count, F, 3, h, w).
         conditions: (count, ...), the others.
-        noise: (count, 1, C, H, W); None: drawn, one for each clip.
+        noise: (count or 1, 1, C, H, W); None: drawn, one for each clip.
         **options: of `models.sampling.draw.draw_clips`.
     """
     frames = motion.shape[1]
-    start = None if noise is None else noise.expand(-1, frames, -1, -1, -1).contiguous()
+    start = None if noise is None else noise.expand(len(motion), frames, -1, -1, -1).contiguous()
     return renderer.draw({**conditions, "motion": motion}, start=start, frames=frames, **options)
