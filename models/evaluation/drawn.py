@@ -43,7 +43,7 @@ class Drawing:
 
     def settings(self) -> dict[str, Any]:
         """What the clips follow from, as plain values."""
-        names = ("task_name", "source", "steps", "cfg_scale", "seed", "batch_size")
+        names = ("task_name", "source", "steps", "cfg_scale", "seed")
         return {
             "weights": sha256_of(self.network.state_dict()),
             "given": self.hold.nonzero()[:, 0].tolist(),
@@ -94,14 +94,15 @@ def draw(folder: Path, drawing: Drawing, count: int, real: Dataset[Tensor] | Non
 
 
 def _draw(network: Network, drawing: Drawing, numbers: Tensor, known: Tensor | None) -> Tensor:
-    """The clips of one batch; each batch has a seed of its own."""
+    """The clips with these numbers."""
     config, classes = drawing.config, drawing.config.network_config.num_classes
     return draw_clips(
         network,
         make_schedule(config.diffusion.schedule, config.diffusion.num_steps, drawing.device),
         len(numbers),
         batch_size=len(numbers),
-        seed=drawing.seed + int(numbers[0]),
+        seed=drawing.seed,
+        first=int(numbers[0]),
         num_steps=drawing.steps,
         labels=None if classes is None else numbers % classes,
         known=known,

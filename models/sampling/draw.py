@@ -31,6 +31,7 @@ def draw_clips(
     start: Tensor | None = None,
     frame_init: float | None = None,
     frames: int | None = None,
+    first: int = 0,
     chunks: int = 1,
     overlap: int = 0,
     precision: str = "float32",
@@ -52,6 +53,7 @@ def draw_clips(
         frame_init: level of FrameInit, which gives drawn starting noise the layout of the first frame in `known`, see
             `models.image_to_video.frame_init`; None: without it. Not for a long video or a progressive task.
         frames: F, if not the network's.
+        first: number of the first clip, where the clips of a seed are drawn in parts.
         chunks: windows of a long video, of which each is given the last `overlap` frames of the one before.
         precision: "bfloat16" runs the network under autocast.
         progress: show a bar of all steps.
@@ -76,7 +78,7 @@ def draw_clips(
                 "num_steps": num_steps,
                 "y": None if labels is None else labels[split].to(device),
                 "y_null": config.num_classes,
-                "sample_offset": int(split[0]),
+                "sample_offset": first + int(split[0]),
                 "progress": lambda *_: bar.update(),
                 **options,
             }
