@@ -36,7 +36,7 @@ from models.training.checkpointing import atomic_file
 
 PROG = "python -m models.flow"
 CHECK = "check.png"
-SHEET_CLIPS, SHEET_COLUMNS = 3, 8
+SHEET_COLUMNS = 8
 _SAME = ("extractor", "num_frames", "frame_interval", "stride", "size", "vae_sha256", "classes")  # of a folder's clips
 _log = logging.getLogger(__name__)
 
@@ -140,18 +140,20 @@ def summary(entries: Sequence[MotionEntry]) -> str:
 
 
 def write_sheet(folder: Path, index: MotionIndex) -> None:
-    """Write check.png: of a few clips the frames, the first warped to each, the flow's colours, the occlusion map."""
-    rows: dict[str, Tensor] = {}
-    count = len(index.entries)
-    for number in sorted({0, count // 2, count - 1})[:SHEET_CLIPS]:
+    """Write check.png: of the first, a middle and the last clip the frames, the first warped to each, the flow's colours, the occlusion map."""
+    captions, rows, count = list[str](), list[Tensor](), len(index.entries)
+    for number in sorted({0, count // 2, count - 1}):
         entry, stored = index.entries[number], read_tensors(folder, index, number)
         clip, flow = to_float(stored["video"]), stored["flow"].float()
-        rows[f"{entry.name}, from frame {entry.start}"] = clip
-        rows[f"{number}: its first frame, warped"] = warp(clip[0], flow)
-        rows[f"{number}: flow, full colour at {flow.norm(dim=1).max():.1f} pixels"] = colour_wheel(flow)
-        rows[f"{number}: white where the first frame shows the point"] = to_float(stored["occlusion"]).expand_as(clip)
+        rows += [clip, warp(clip[0], flow), colour_wheel(flow), to_float(stored["occlusion"]).expand_as(clip)]
+        captions += [
+            f"{entry.name}, from frame {entry.start}",
+            "its first frame, warped",
+            f"flow to the first frame, full colour at {flow.norm(dim=1).max():.1f} pixels",
+            "white where the first frame shows the point",
+        ]
     with atomic_file(folder / CHECK) as temporary:
-        contact_sheet(temporary, list(rows.values()), captions=list(rows), columns=SHEET_COLUMNS)
+        contact_sheet(temporary, rows, captions=captions, columns=SHEET_COLUMNS)
 
 
 class _Found(NamedTuple):
