@@ -140,7 +140,7 @@ def summary(entries: Sequence[MotionEntry]) -> str:
 
 
 def write_sheet(folder: Path, index: MotionIndex) -> None:
-    """Write check.png: of the first, a middle and the last clip the frames, the first warped to each, the flow's colours, the occlusion map."""
+    """Write check.png: frames, the first warped to each, the flow's colours and the occlusion map, of up to 3 clips."""
     captions, rows, count = list[str](), list[Tensor](), len(index.entries)
     for number in sorted({0, count // 2, count - 1}):
         entry, stored = index.entries[number], read_tensors(folder, index, number)
