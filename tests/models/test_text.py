@@ -9,39 +9,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-)
+from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from models.data import MovingDigits
 from models.data.packaged import cache_folder
 from models.text import TextDataset, TextEncoder, load_text_encoder
 from models.text.cache import TextCache
 from models.text.clip import ClipText, load_clip_image
-
-LENGTH, SIDE = 12, 28
-WORDS = {"a</w>": 2, "b</w>": 3, "c</w>": 4, "a": 5, "b": 6, "c": 7}
+from tests.models.tiny_clip import LENGTH, SIDE, save_tiny_clip
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a whole CLIP with random weights: single letters are its words."""
-    folder = tmp_path_factory.mktemp("clip")
-    shared = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = CLIPTextConfig(**shared, vocab_size=8, max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=1)
-    vision = CLIPVisionConfig(**shared, image_size=SIDE, patch_size=14)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).save_pretrained(folder)
-    CLIPTokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1, **WORDS}, []).save_pretrained(folder)
-    return folder
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_wordllama_looks_up_the_packages_tokens(caplog: pytest.LogCaptureFixture) -> None:
