@@ -12,6 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from models.checkpoints import load_weights
+from models.data.digits import MovingDigits
 from models.frame_encoder import FrameEncoder
 from models.s2dm import CONDITIONS, S2DM, S2DMConfig
 from models.sampling.guidance import guide
@@ -192,6 +193,14 @@ def test_tokens_know_their_places():
     moved = (encoder(left)[0] - flat).abs().amax(1).unflatten(0, (4, 4))
     assert moved[:, :2].min() > 1e-3
     assert moved[:, 2:].max() == 0
+
+
+def test_a_fresh_encoders_tokens_say_what_moves_as_well_as_where_they_are():
+    torch.manual_seed(0)
+    encoder = FrameEncoder(in_channels=3, channels=32, width=48, grid=4)
+    digits = MovingDigits(num_frames=4, length=32, motion=True)
+    tokens = encoder(torch.cat([digits[i]["motion"][1:] for i in range(32)]))
+    assert (tokens - tokens.mean(0)).std() > 0.2 * tokens.std()
 
 
 @pytest.mark.parametrize("step_sharing", ["shared", "independent"])
