@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from models.command_line import LARGEST_SEED, UsageError, check_range, one_line_errors, parse
 from models.evaluation import report
-from models.evaluation.bootstrap import LEVEL, Estimate, bootstrap_distance, bootstrap_mean
+from models.evaluation.bootstrap import LEVEL, Estimate, bootstrap_mean
 from models.evaluation.clips import CutClips
-from models.evaluation.distances import frechet_distance, kernel_distance
+from models.evaluation.compare import METRICS as FEATURE_METRICS
+from models.evaluation.compare import compare
 from models.evaluation.drawn import Drawing, draw
 from models.evaluation.features import LAYER, FeatureExtractor
 from models.evaluation.i3d import LEAST_FRAMES, SIDE
@@ -36,7 +37,6 @@ from models.training.distributed import pick_device
 from vidkern.diffusion import TASKS, given_frames
 
 PROG = "models.evaluate"
-FEATURE_METRICS = ("fvd", "kvd")
 PAIR_METRICS = ("ssim", "psnr")
 FEW = 2048  # clips of the papers' FVD
 _BLURRED = 30.0  # dB under which a frame that was given does not look like the real one
@@ -215,7 +215,7 @@ def _limit_pairs(options: EvaluateConfig, real: CutClips, fake: CutClips) -> Non
 
 def compare_sets(
     options: EvaluateConfig, sets: Sets, device: torch.device
-) -> tuple[dict[str, report.Result], dict[str, Any], list[str]]:
+) -> tuple[dict[str, Estimate], dict[str, Any], list[str]]:
     """FVD with its bootstrap interval and KVD with its standard error; I3D's protocol; notes on how to read them."""
     wanted = [name for name in options.metrics if name in FEATURE_METRICS]
     if not wanted:
@@ -227,15 +227,9 @@ def compare_sets(
         extractor(loader, progress=f"I3D, {name}", total=count)
         for name, loader, count in zip(("real", "generated"), loaders, sets.counts, strict=True)
     )
-    same = real.shape == fake.shape and np.array_equal(real, fake)
-    results = {}
-    if "fvd" in wanted:
-        paired, chance = sets.paired or same, {"resamples": options.resamples, "seed": options.seed}
-        results["fvd"] = as_result(bootstrap_distance(frechet_distance, real, fake, paired=paired, **chance))
-    if "kvd" in wanted:
-        value, error = kernel_distance(real, fake, seed=options.seed)
-        results["kvd"] = report.Result(value, value - 1.96 * error, value + 1.96 * error, error)
-    notes = ["both sets hold the same clips"] if same else []
+    chance = {"resamples": options.resamples, "seed": options.seed}
+    results = compare(real, fake, wanted, paired=sets.paired, **chance)
+    notes = ["both sets hold the same clips"] if np.array_equal(real, fake) else []
     if "fvd" in wanted and min(sets.counts) < FEW:
         notes.append(
             f"FVD is biased upwards with few clips ({len(real)} and {len(fake)} here; papers take {FEW}): "
@@ -244,7 +238,7 @@ def compare_sets(
     return results, protocol, notes
 
 
-def compare_pairs(options: EvaluateConfig, sets: Sets) -> tuple[dict[str, report.Result], list[str]]:
+def compare_pairs(options: EvaluateConfig, sets: Sets) -> tuple[dict[str, Estimate], list[str]]:
     """SSIM and PSNR, averaged over the frames of a clip that were not given, then over clips; notes on the given."""
     wanted = [name for name in options.metrics if name in PAIR_METRICS]
     if not wanted:
@@ -253,16 +247,11 @@ def compare_pairs(options: EvaluateConfig, sets: Sets) -> tuple[dict[str, report
         frame_quality(sets.real[i], sets.fake[i], sets.given)
         for i in tqdm(range(sets.counts[0]), desc="pairs", unit="clip", dynamic_ncols=True)
     ]
-    results: dict[str, report.Result] = {}
+    results: dict[str, Estimate] = {}
     for name in wanted:
         values = np.array([getattr(quality, name)[quality.made].mean() for quality in qualities])
-        results[name] = as_result(bootstrap_mean(values, resamples=options.resamples, seed=options.seed))
+        results[name] = bootstrap_mean(values, resamples=options.resamples, seed=options.seed)
     return results, given_notes(qualities)
-
-
-def as_result(estimate: Estimate) -> report.Result:
-    """A bootstrapped number."""
-    return report.Result(estimate.value, estimate.low, estimate.high)
 
 
 def given_notes(qualities: Sequence[Quality]) -> list[str]:

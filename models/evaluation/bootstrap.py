@@ -10,11 +10,12 @@ LEVEL = 0.95  # of the confidence intervals
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and the interval that holds it with 95 % confidence."""
+    """A number, the interval that holds it with 95 % confidence, and its standard error where it has one of its own."""
 
     value: float
     low: float
     high: float
+    error: float | None = None
 
 
 def bootstrap_mean(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Estimate:

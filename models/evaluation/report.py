@@ -3,28 +3,20 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from models.evaluation.bootstrap import Estimate
 
 UNITS = {"fvd": "FVD", "kvd": "KVD", "ssim": "SSIM", "psnr": "PSNR (dB)"}
 
 
-@dataclass(frozen=True)
-class Result:
-    """A metric's value; `low` and `high` bound its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
-    error: float | None = None
-    """Standard error, where the metric has one of its own."""
-
-    def __str__(self) -> str:
-        """The value and how sure it is."""
-        if self.error is not None:
-            return f"{number(self.value)} ± {number(self.error)}"
-        return f"{number(self.value)} [{number(self.low)}, {number(self.high)}]"
+def with_confidence(estimate: Estimate) -> str:
+    """A value and how sure it is: value ± standard error, or value [low, high]."""
+    if estimate.error is not None:
+        return f"{number(estimate.value)} ± {number(estimate.error)}"
+    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
 
 
 def number(value: float) -> str:
@@ -34,14 +26,14 @@ def number(value: float) -> str:
     return f"{value:.{max(3 - math.floor(math.log10(abs(value))), 0)}f}" if abs(value) >= 1e-4 else f"{value:.1e}"
 
 
-def table(results: Mapping[str, Result], counts: str) -> str:
+def table(results: Mapping[str, Estimate], counts: str) -> str:
     """Markdown, a row for each metric."""
     lines = ["| metric | value | clips |", "|---|---|---|"]
-    lines += [f"| {UNITS[name]} | {result} | {counts} |" for name, result in results.items()]
+    lines += [f"| {UNITS[name]} | {with_confidence(result)} | {counts} |" for name, result in results.items()]
     return "\n".join(lines)
 
 
-def write(out: Path, protocol: Mapping[str, Any], results: Mapping[str, Result], notes: list[str], text: str) -> None:
+def write(out: Path, protocol: Mapping[str, Any], results: Mapping[str, Estimate], notes: list[str], text: str) -> None:
     """Write results.json and table.md into `out`. JSON has null for a number that is not finite."""
 
     def finite(value: Any) -> Any:

@@ -22,11 +22,11 @@ from models.command_line import check_range, one_line_errors, parse
 from models.data.clips import CLIP_NAMES, real_clip
 from models.data.decode import frame_table, read_frames
 from models.data.frames import to_clip
-from models.evaluation.bootstrap import bootstrap_distance
-from models.evaluation.distances import frechet_distance, kernel_distance
+from models.evaluation.bootstrap import Estimate
+from models.evaluation.compare import compare
 from models.evaluation.features import FeatureExtractor
 from models.evaluation.i3d import LEAST_FRAMES, SIDE
-from models.evaluation.report import Result
+from models.evaluation.report import with_confidence
 from models.sample import make_folder
 
 PROG = "models.evaluation.sanity"
@@ -117,22 +117,12 @@ DISTORTIONS: Mapping[str, Distortion] = {
 }
 
 
-def compare(real: np.ndarray, fake: np.ndarray, *, resamples: int, seed: int, same: bool = False) -> dict[str, Result]:
-    """FVD with its interval and KVD with its error."""
-    fvd = bootstrap_distance(frechet_distance, real, fake, paired=same, resamples=resamples, seed=seed)
-    kvd, error = kernel_distance(real, fake, seed=seed)
-    return {
-        "fvd": Result(fvd.value, fvd.low, fvd.high),
-        "kvd": Result(kvd, kvd - 1.96 * error, kvd + 1.96 * error, error),
-    }
-
-
-def table(results: Mapping[str, Mapping[str, Result]]) -> str:
+def table(results: Mapping[str, Mapping[str, Estimate]]) -> str:
     """Markdown, a row for each set."""
     lines = ["| set, against half A | FVD [95 %] | KVD ± standard error |", "|---|---|---|"]
     for name, row in results.items():
         fvd, kvd = row["fvd"], row["kvd"]
-        lines.append(f"| {name} | {fvd.value:.1f} [{fvd.low:.1f}, {fvd.high:.1f}] | {kvd} |")
+        lines.append(f"| {name} | {fvd.value:.1f} [{fvd.low:.1f}, {fvd.high:.1f}] | {with_confidence(kvd)} |")
     return "\n".join(lines)
 
 
@@ -146,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extractor = FeatureExtractor(options.i3d, device=options.device, batch_size=options.batch_size)
         real = extractor(first, progress="half A", total=len(first))
         measure = partial(compare, real, resamples=options.resamples, seed=options.seed)
-        results = {"half A itself": measure(real, same=True)}
+        results = {"half A itself": measure(real)}
         results["half B, as it is"] = measure(extractor(second, progress="half B", total=len(second)))
         for name, distort in DISTORTIONS.items():
             rng = np.random.default_rng(options.seed)
