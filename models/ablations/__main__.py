@@ -24,7 +24,7 @@ import tyro
 from models.ablations.arms import TrainingFailed
 from models.ablations.report import write_report
 from models.ablations.run import PROG, Workplace, run
-from models.ablations.studies import SCALES, STUDIES
+from models.ablations.studies import SCALES, STUDIES, gpu_hours
 from models.command_line import UsageError, check_range, one_line_errors, parse
 
 
@@ -58,6 +58,8 @@ def main() -> int:
             raise UsageError(f"--into {options.into}: no such page")
         studies = list(STUDIES.values()) if options.study == "all" else [STUDIES[options.study]]
         data = ["digits", "clips"] if options.data == "both" else [options.data]
+        if hours := gpu_hours(SCALES[options.scale], studies, data):
+            print(f"{PROG}: all trainings take about {hours:g} hours of a GPU at 200 TFLOP/s", file=sys.stderr)
         place = Workplace(options.out, SCALES[options.scale], options.videos)
         try:
             done = run(place, studies, data, options.minutes)

@@ -76,6 +76,7 @@ def tables(found: Sequence[dict[str, Any]]) -> list[Table]:
 
 def write_report(out: Path, page: Path | None) -> None:
     """Write results.json, plots, pictures and report.md to `out`; with a page, into it and the folder beside it too."""
+    out.mkdir(parents=True, exist_ok=True)
     found = records(out)
     kept = [{name: value for name, value in record.items() if name != "settings"} for record in found]
     (out / RESULTS).write_text(json.dumps(kept, indent=1) + "\n")

@@ -174,3 +174,13 @@ def trainings_of(scale: Scale, studies: Sequence[Study]) -> list[Training]:
     """The trainings that some studies need, each once."""
     known = scale.trainings()
     return [known[name] for name in dict.fromkeys(arm.training for study in studies for arm in study.arms)]
+
+
+def gpu_hours(scale: Scale, studies: Sequence[Study], data: Sequence[str]) -> float:
+    """Hours of all the trainings that some studies need, with every seed, by the scale's estimates; 0 without any."""
+    each = (
+        scale.seeds[kind] * scale.hours.get(f"{kind}_{training.network}", 0)
+        for kind in data
+        for training in trainings_of(scale, studies)
+    )
+    return sum(each)

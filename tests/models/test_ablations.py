@@ -57,6 +57,15 @@ def test_the_variants_have_equal_parameters(scale):
     assert max(counts) < 1.03 * min(counts)
 
 
+def test_the_estimate_counts_each_training_once_for_every_seed():
+    gpu, both = studies.SCALES["gpu"], [studies.STUDIES["timesteps"], studies.STUDIES["variants"]]
+    assert len(studies.trainings_of(gpu, both)) == 7
+    assert studies.gpu_hours(gpu, both, ["digits"]) == 7 * 3 * gpu.hours["digits_latte"]
+    assert studies.gpu_hours(gpu, [studies.STUDIES["flow"]], ["digits", "clips"]) == pytest.approx(
+        3 * gpu.hours["digits_s2dm"] + gpu.hours["clips_s2dm"]
+    )
+
+
 # ---- numbers
 
 
