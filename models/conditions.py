@@ -1,6 +1,6 @@
-"""Which samples lose a condition: drawn in training, or told by the caller, as classifier-free guidance does."""
+"""A network's conditions: their shapes, and which samples lose one, drawn in training or told by the caller."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,3 +52,24 @@ def resolve_dropped(
             got = f"{samples.dtype} of shape {tuple(samples.shape)}"
             raise ValueError(f"dropped[{name!r}] must be torch.bool of shape ({batch},), got {got}")
     return dropped
+
+
+def check_condition(name: str, value: Tensor | None, wanted: Sequence[int | str | None] | None) -> None:
+    """Compare a condition with the shape that a network wants, or with None where it wants none.
+
+    Args:
+        name: the argument's name.
+        value: the condition.
+        wanted: sizes; one that is a str stands for any size.
+
+    Raises:
+        ValueError: it is missing, not wanted, or of another shape.
+    """
+    got = None if value is None else tuple(value.shape)
+    if wanted is None or got is None:
+        fits = wanted is None and got is None
+    else:
+        fits = len(got) == len(wanted) and all(isinstance(w, str) or g == w for g, w in zip(got, wanted, strict=True))
+    if not fits:
+        shape = "None" if wanted is None else f"of shape {str(tuple(wanted)).replace(chr(39), '')}"
+        raise ValueError(f"{name} must be {shape}, got {got}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.conditions import resolve_dropped
+from models.conditions import check_condition, resolve_dropped
 from vidkern.nn import (
     DividedSpaceTimeBlock,
     FinalLayer,
@@ -392,9 +392,9 @@ class Latte(nn.Module):
             raise ValueError(f"num_images must be at least 0 and below x's {frames} frames, got {num_images}")
         if num_images and (config.patch_frames > 1 or text is not None):
             raise ValueError(f"num_images must be 0 with tubelets or with text, got {num_images}")
-        _check_condition("y", y, (batch,) if config.num_classes is not None else None)
+        check_condition("y", y, (batch,) if config.num_classes is not None else None)
         labelled = config.num_classes is not None and num_images > 0
-        _check_condition("image_labels", image_labels, (batch, num_images) if labelled else None)
+        check_condition("image_labels", image_labels, (batch, num_images) if labelled else None)
         if (text is None) != (config.text_size is None):
             raise ValueError(f"text must be {'None' if text is not None else 'given'}: text_size is {config.text_size}")
 
@@ -402,16 +402,10 @@ class Latte(nn.Module):
         wanted = self.config.image_condition is not None
         if wanted and num_images:
             raise ValueError(f"num_images must be 0 with image_condition, got {num_images}")
-        _check_condition("known", known, tuple(x.shape) if wanted else None)
-        _check_condition("given", given, tuple(x.shape[:2]) if wanted else None)
+        check_condition("known", known, tuple(x.shape) if wanted else None)
+        check_condition("given", given, tuple(x.shape[:2]) if wanted else None)
         if given is not None and given.dtype != torch.bool:
             raise ValueError(f"given must be torch.bool, got {given.dtype}")
-
-
-def _check_condition(name: str, value: Tensor | None, wanted: tuple[int, ...] | None) -> None:
-    got = None if value is None else tuple(value.shape)
-    if got != wanted:
-        raise ValueError(f"{name} must be {'None' if wanted is None else f'of shape {wanted}'}, got {got}")
 
 
 def _masked(condition: Tensor | None, dropped: Tensor | None, null: int | None) -> Tensor | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.conditions import resolve_dropped
+from models.conditions import check_condition, resolve_dropped
 from models.frame_encoder import FrameEncoder
 from models.unet import build_unet, load_unet, unet_settings
 from vidkern.diffusion.losses import per_frame
@@ -231,7 +231,7 @@ class S2DM(nn.Module):
             "pose": (*frame, config.pose_channels, "h", "w"),
         }
         for name, value in given.items():
-            _check_condition(name, value, shapes[name] if name in config.conditions else None)
+            check_condition(name, value, shapes[name] if name in config.conditions else None)
 
 
 def _encoder(name: str, config: S2DMConfig) -> nn.Module:
@@ -242,15 +242,3 @@ def _encoder(name: str, config: S2DMConfig) -> nn.Module:
         return nn.Identity() if embedded[name] == width else nn.Linear(embedded[name] or 0, width)
     channels = {"reference": config.in_channels, "motion": MOTION_CHANNELS, "pose": config.pose_channels}
     return FrameEncoder(channels[name] or 0, config.encoder_channels, width, config.token_grid)
-
-
-def _check_condition(name: str, value: Tensor | None, wanted: tuple[int | str | None, ...] | None) -> None:
-    """Compare a condition's shape with the one wanted, in which a str stands for any size."""
-    got = None if value is None else tuple(value.shape)
-    if wanted is None or got is None:
-        fits = wanted is None and got is None
-    else:
-        fits = len(got) == len(wanted) and all(isinstance(w, str) or g == w for g, w in zip(got, wanted, strict=True))
-    if not fits:
-        shape = "None" if wanted is None else f"of shape ({', '.join(map(str, wanted))})"
-        raise ValueError(f"{name} must be {shape}, got {got}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.conditions import resolve_dropped
+from models.conditions import check_condition, resolve_dropped
 from models.unet3d.attention import SpaceAttention, TimeAttention
 from models.unet3d.residual import KERNEL, ResidualBlock
 from models.unet3d.text_pool import TextPool
@@ -305,22 +305,8 @@ class VDM(nn.Module):
         if frames - num_images > MAX_FRAMES:
             raise ValueError(f"x must have at most {MAX_FRAMES} frames, got F = {frames - num_images}")
         width, channels = config.text_width, config.reference_channels
-        _check_condition("text", text, None if width is None else (batch, "L", width))
-        _check_condition("reference", reference, None if channels is None else (batch, channels, "H", "W"))
-
-
-def _check_condition(name: str, value: Tensor | None, wanted: tuple[int | str, ...] | None) -> None:
-    """Refuse a condition that the model does not want, or one of another shape; a name in ``wanted`` is any size."""
-    shape = None if value is None else tuple(value.shape)
-    if shape is None or wanted is None:
-        fits = shape is wanted
-    else:
-        fits = len(shape) == len(wanted) and all(
-            size == want or isinstance(want, str) for size, want in zip(shape, wanted, strict=True)
-        )
-    if not fits:
-        described = "None" if wanted is None else f"of shape ({', '.join(map(str, wanted))})"
-        raise ValueError(f"{name} must be {described}, got {shape}")
+        check_condition("text", text, None if width is None else (batch, "L", width))
+        check_condition("reference", reference, None if channels is None else (batch, channels, "H", "W"))
 
 
 def _join_reference(x: Tensor, reference: Tensor | None) -> Tensor:
