@@ -1,7 +1,7 @@
 """The diffusion process as public code computes it, in plain PyTorch: gathered tables, stored noise, term by term.
 
 The arithmetic is that of ADM's Gaussian diffusion (Dhariwal & Nichol 2021), which DiT, Latte and FVDM train and sample
-with, but for its tables: they lie on the device here, where public code copies them from the host at every use.
+with. Its tables lie on the schedule's device, or as in the public code on the host, which copies them at every use.
 """
 
 import math
@@ -16,9 +16,12 @@ Model = Callable[..., Tensor]
 
 
 class PlainDiffusion:
-    """Loss and DDIM steps of a model that predicts epsilon and the learned range of the variance, (B, F, 2C, H, W)."""
+    """Loss and DDIM steps of a model that predicts epsilon and the learned range of the variance, (B, F, 2C, H, W).
 
-    def __init__(self, schedule: Schedule) -> None:
+    Timesteps are (B,), or (B, F) with one for each frame (FVDM).
+    """
+
+    def __init__(self, schedule: Schedule, tables_on_host: bool = False) -> None:
         abar = schedule.alphas_cumprod.double()
         before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
         beta = 1 - abar / before
@@ -34,25 +37,25 @@ class PlainDiffusion:
             "log_variance": torch.cat([variance[1:2], variance[1:]]).log(),
             "log_beta": beta.log(),
         }
-        self.tables = {name: table.float() for name, table in tables.items()}
+        self.tables = {name: table.cpu() if tables_on_host else table.float() for name, table in tables.items()}
 
     def at(self, name: str, t: Tensor) -> Tensor:
-        """Gather a table at t (B,), to stand beside a clip."""
-        return self.tables[name][t][:, None, None, None, None]
+        """Gather a table at t, to stand beside a clip."""
+        return _beside_a_clip(self.tables[name].to(t.device)[t].float())
 
     def loss(self, model: Model, x0: Tensor, t: Tensor, y: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """Return mse + vb of a training step, t (B,); draws the noise unless it is given."""
+        """Return mse + vb of a training step; draws the noise unless it is given."""
         noise = torch.randn_like(x0) if noise is None else noise
         x_t = self.at("alpha", t) * x0 + self.at("sigma", t) * noise
         pred, fraction = model(x_t, t, *([] if y is None else [y])).chunk(2, dim=2)
         vb = self.variational_bound(pred.detach(), fraction, x0, x_t, t)
-        mse = ((noise - pred) ** 2).flatten(1).mean(1)
+        mse = ((noise - pred) ** 2).flatten(t.dim()).mean(t.dim())
         return (mse + vb).mean()
 
     def guided_ddim_step(
         self, model: Model, x: Tensor, t: Tensor, t_prev: Tensor, y: Tensor, scale: float, eta: float = 0.0
     ) -> Tensor:
-        """Take a DDIM step of a batch of 2B, whose halves are the same clips under y's two halves; t, t_prev (2B,)."""
+        """Take a DDIM step of a batch of 2B, whose halves are the same clips under y's two halves."""
         half = x.chunk(2)[0]
         epsilon, fraction = model(torch.cat([half, half]), t, y).chunk(2, dim=2)
         cond, uncond = epsilon.chunk(2)
@@ -61,10 +64,10 @@ class PlainDiffusion:
         x0, _, _ = self._denoised(epsilon, fraction, x, t)
         epsilon = (self.at("inverse_alpha", t) * x - x0) / self.at("sigma_over_alpha", t)
         abar = self.at("abar", t)
-        abar_prev = torch.where((t_prev < 0)[:, None, None, None, None], 1.0, self.at("abar", t_prev.clamp(min=0)))
+        abar_prev = torch.where(_beside_a_clip(t_prev < 0), 1.0, self.at("abar", t_prev.clamp(min=0)))
         std = eta * torch.sqrt((1 - abar_prev) / (1 - abar)) * torch.sqrt(1 - abar / abar_prev)
         mean = x0 * torch.sqrt(abar_prev) + torch.sqrt(1 - abar_prev - std**2) * epsilon
-        nonzero = (t_prev >= 0).float()[:, None, None, None, None]
+        nonzero = _beside_a_clip(t_prev >= 0).float()
         return mean + nonzero * std * torch.randn_like(x)
 
     def _denoised(self, epsilon: Tensor, fraction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +81,7 @@ class PlainDiffusion:
         return self.at("mean_of_x0", t) * x0 + self.at("mean_of_x_t", t) * x_t
 
     def variational_bound(self, epsilon: Tensor, fraction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the term of the bound at t (B,), in bits per dimension of each clip."""
+        """Return the term of the bound at t, of t's shape, in bits per dimension."""
         true_mean, true_log_variance = self._posterior_mean(x0, x_t, t), self.at("log_variance", t)
         _, mean, log_variance = self._denoised(epsilon, fraction, x_t, t)
         kl = 0.5 * (
@@ -89,8 +92,13 @@ class PlainDiffusion:
             + (true_mean - mean) ** 2 * torch.exp(-log_variance)
         )
         nll = -_log_likelihood(x0, mean, 0.5 * log_variance)
-        kl, nll = (term.flatten(1).mean(1) / math.log(2.0) for term in (kl, nll))
+        kl, nll = (term.flatten(t.dim()).mean(t.dim()) / math.log(2.0) for term in (kl, nll))
         return torch.where(t == 0, nll, kl)
+
+
+def _beside_a_clip(values: Tensor) -> Tensor:
+    """Return (B,) or (B, F) as (B, 1 or F, 1, 1, 1)."""
+    return values[(..., *[None] * (5 - values.dim()))]
 
 
 def _log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

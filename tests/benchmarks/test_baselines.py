@@ -36,30 +36,37 @@ def test_outputs_and_gradients_are_the_models(kind, per_frame):
             assert error < 1e-5, f"{name}: gradient differs by {error:.1e}"
 
 
-def test_the_loss_and_its_gradient_are_the_librarys():
+@pytest.mark.parametrize("tables_on_host", [False, True])
+@pytest.mark.parametrize("per_frame", [False, True], ids=["latte", "fvdm"])
+def test_the_loss_and_its_gradient_are_the_librarys(per_frame, tables_on_host):
     shape, schedule, key = (4, 3, 2, 5, 6), make_schedule("linear"), torch.tensor([3, 4])
     torch.manual_seed(0)
-    x0, t, y = torch.randn(shape).clamp(-1, 1), torch.tensor([0, 1, 500, 999]), torch.arange(4)
+    x0, y = torch.randn(shape).clamp(-1, 1), torch.arange(4)
+    t = torch.tensor([0, 1, 500, 999])
+    if per_frame:
+        t = torch.stack([t, t.flip(0), t.roll(1)], 1)
     weight = torch.randn(4, 2, requires_grad=True)
 
     def model(x, t, y):
         hidden = torch.einsum("oc,bfchw->bfohw", weight, x) + 0.1 * y[:, None, None, None, None]
-        return torch.tanh(hidden + t[:, None, None, None, None] / 1000)
+        return torch.tanh(hidden + t.view(4, -1, 1, 1, 1) / 1000)
 
-    plain = PlainDiffusion(schedule).loss(model, x0, t, y, noise=ops.philox_normal(shape, key))
+    plain = PlainDiffusion(schedule, tables_on_host).loss(model, x0, t, y, noise=ops.philox_normal(shape, key))
     ours = diffusion_loss(model, x0, t, schedule, key, y=y)["loss"]
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=0)
     wanted, got = (torch.autograd.grad(loss, weight)[0] for loss in (plain, ours))
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("per_frame", [False, True], ids=["latte", "fvdm"])
 @pytest.mark.parametrize("t_prev", [479, -1])
-def test_the_guided_ddim_step_is_the_librarys(t_prev):
+def test_the_guided_ddim_step_is_the_librarys(t_prev, per_frame):
     schedule = make_schedule("linear")
     torch.manual_seed(0)
     x, out, y = torch.randn(2, 3, 2, 5, 6), torch.randn(4, 3, 4, 5, 6), torch.arange(4)
+    times = (4, 3) if per_frame else (4,)
     plain = PlainDiffusion(schedule).guided_ddim_step(
-        lambda *_: out, torch.cat([x, x]), torch.full((4,), 500), torch.full((4,), t_prev), y, 3.0
+        lambda *_: out, torch.cat([x, x]), torch.full(times, 500), torch.full(times, t_prev), y, 3.0
     )
     t, then = torch.full((2, 3), 500), torch.full((2, 3), t_prev)
     ours = ops.ddim_step(x, out, t, then, schedule, guidance_scale=3.0)
