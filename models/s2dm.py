@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.conditions import check_condition, resolve_dropped
 from models.frame_encoder import FrameEncoder
+from models.motion_adapter import MotionAdapter
 from models.unet import build_unet, load_unet, unet_settings
 from vidkern.diffusion.losses import per_frame
 
@@ -35,6 +36,8 @@ class S2DMConfig:
         image_width: width W of an image's embeddings (B, L, W), as CLIP's; None is without them.
         reference: whether the clip's first frame, like x, is a condition.
         motion: whether flow and occlusion are a condition.
+        motion_adapter: whether motion also enters where it lies, besides its tokens: a T2I-Adapter's features (Mou et
+            al. 2023) are added to those of the U-Net's way down. Not a part of the published model; see S2DM.
         pose_channels: channels P of a pose map (B, F, P, h, w); None is without pose.
         token_grid: a map (reference, motion, pose) becomes token_grid x token_grid tokens.
         encoder_channels: channels of the maps' encoders, a multiple of 4.
@@ -56,6 +59,7 @@ class S2DMConfig:
     image_width: int | None = None
     reference: bool = False
     motion: bool = True
+    motion_adapter: bool = False
     pose_channels: int | None = None
     token_grid: int = 8
     encoder_channels: int = 128
@@ -79,6 +83,7 @@ class S2DMConfig:
             ("token_grid", self.token_grid > 0, "positive"),
             ("encoder_channels", self.encoder_channels > 0 and self.encoder_channels % 4 == 0, "a multiple of 4"),
             ("motion", bool(self.conditions), "True where there is no other condition: cross-attention wants tokens"),
+            ("motion_adapter", self.motion or not self.motion_adapter, "False without motion"),
             *((f"{name}_dropout", 0 <= p < 1, "in [0, 1)") for name, p in self.dropouts.items()),
         )
         for name, holds, wanted in rules:
@@ -130,6 +135,10 @@ class S2DM(nn.Module):
     width than D are projected, maps go through a :class:`FrameEncoder`. A dropped condition's tokens all become one
     learned token. Attention takes keys and values of every frame, so the clip's tokens are laid out once a frame.
 
+    Motion as tokens is what was published. The U-Net's queries carry no place, and a small network trained from nothing
+    does not learn to look up the token of its own place: with ``motion_adapter`` motion also goes in where it lies,
+    which a dropped condition does not.
+
     Set ``activation_checkpointing`` to keep only the inputs of the U-Net's blocks for the backward pass.
     """
 
@@ -148,6 +157,8 @@ class S2DM(nn.Module):
         )
         self.unet = build_unet(settings) if config.unet is None else load_unet(config.unet, settings)
         self.encoders = nn.ModuleDict({name: _encoder(name, config) for name in config.conditions})
+        if config.motion_adapter:
+            self.motion_adapter = MotionAdapter(MOTION_CHANNELS, config.block_out_channels, config.layers_per_block)
         self.nulls = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in config.conditions})
 
     @property
@@ -202,9 +213,21 @@ class S2DM(nn.Module):
             if value is not None
         ]
         joined = torch.cat(tokens, dim=2).flatten(0, 1)
-        timesteps = per_frame(t, frames).flatten()
-        (out,) = self.unet(x.flatten(0, 1), timesteps, joined, return_dict=False)
+        (out,) = self.unet(
+            x.flatten(0, 1),
+            per_frame(t, frames).flatten(),
+            joined,
+            down_intrablock_additional_residuals=self._adapted(motion, x.shape[-2:], dropped.get("motion")),
+            return_dict=False,
+        )
         return out.unflatten(0, (batch, frames))
+
+    def _adapted(self, motion: Tensor | None, size: torch.Size, dropped: Tensor | None) -> list[Tensor] | None:
+        """The motion adapter's features of all frames, zero in the samples that are dropped."""
+        if motion is None or not self.config.motion_adapter:
+            return None
+        kept = None if dropped is None else ~dropped.repeat_interleave(motion.shape[1])
+        return self.motion_adapter(motion.flatten(0, 1), (size[0], size[1]), kept)
 
     def _tokens(self, name: str, value: Tensor, dropped: Tensor | None) -> Tensor:
         """Tokens of a condition: (B, F, L, D), with F = 1 for one of the whole clip."""

@@ -8,22 +8,27 @@ frame shows that point, 0 where it is hidden there.
 import torch
 from torch import Tensor
 
+#: A network's flow is 1 at a displacement of a sixteenth of the frame: about as large as the occlusion's channel, and
+#: as the noise that it is diffused with. The deviation of moving digits' flow over frames half as wide as [-1, 1] is
+#: 0.09 without it, and three convolutions that read a frame off its motion are twice as far from it after 400 steps.
+FLOW_GAIN = 8
+
 
 def to_network(flow: Tensor, occlusion: Tensor) -> Tensor:
-    """Motion (..., 3, H, W) = [2 dx / W, 2 dy / H, 2 occlusion - 1], all about [-1, 1].
+    """Motion (..., 3, H, W) = [2 g dx / W, 2 g dy / H, 2 occlusion - 1], with g = FLOW_GAIN.
 
     The flow is relative to the frame's sides, so motion may be resized as an image, without rescaling its values.
     Raises ValueError for shapes that do not belong together.
     """
     _check(flow, occlusion)
-    return torch.cat([2 * flow / _sides(flow), 2 * occlusion - 1], dim=-3)
+    return torch.cat([2 * FLOW_GAIN * flow / _sides(flow), 2 * occlusion - 1], dim=-3)
 
 
 def from_network(motion: Tensor) -> tuple[Tensor, Tensor]:
     """(flow, occlusion) of motion (..., 3, H, W), in pixels of its own H and W; the map is clamped to [0, 1]."""
     _check_channels("motion", motion, 3)
     flow, occlusion = motion.split([2, 1], dim=-3)
-    return flow * _sides(motion) / 2, ((occlusion + 1) / 2).clamp(0, 1)
+    return flow * _sides(motion) / (2 * FLOW_GAIN), ((occlusion + 1) / 2).clamp(0, 1)
 
 
 def to_grid(flow: Tensor, occlusion: Tensor) -> Tensor:

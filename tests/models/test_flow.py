@@ -384,7 +384,7 @@ def test_samples_are_the_stored_clips_and_their_mirrors(config: FlowConfig, quic
         assert sample.keys() == {"video", "motion", "label"}
         assert torch.equal(sample["video"], to_float(stored["video"]))
         assert int(sample["label"]) == int(name.startswith("b"))
-        torch.testing.assert_close(sample["motion"][:, :2], stored["flow"].float() / 8)  # of half the 16 pixels
+        torch.testing.assert_close(sample["motion"][:, :2], stored["flow"].float())  # 8 times as large, of half the 16 pixels
         torch.testing.assert_close(sample["motion"][:, 2:], stored["occlusion"].float() / 127.5 - 1)
         short = MotionDataset(config.out, num_frames=2)[index]
         assert torch.equal(short["motion"], sample["motion"][:2])

@@ -36,7 +36,7 @@ def test_forms_are_what_their_equations_say() -> None:
     for (b, i, _, y, x), _ in np.ndenumerate(flow.numpy()[:, :, :1]):
         dx, dy = flow[b, i, :, y, x].tolist()
         seen = 2 * float(occlusion[b, i, 0, y, x]) - 1
-        np.testing.assert_allclose(motion[b, i, :, y, x], [dx / 3.5, dy / 2.5, seen], rtol=1e-14)
+        np.testing.assert_allclose(motion[b, i, :, y, x], [8 * dx / 3.5, 8 * dy / 2.5, seen], rtol=1e-14)
         # the centres of the seven columns lie at -1, -2/3, ..., 1, those of the five rows at -1, -1/2, ..., 1
         np.testing.assert_allclose(grid[b, i, :, y, x], [(x + dx) / 3 - 1, (y + dy) / 2 - 1, seen], atol=1e-14)
     for back in (from_network(torch.from_numpy(motion)), from_grid(torch.from_numpy(grid))):
@@ -46,7 +46,7 @@ def test_forms_are_what_their_equations_say() -> None:
 def test_drawn_maps_are_clamped_and_flows_are_not() -> None:
     drawn = torch.tensor([1.5, -2.0, 1.2]).view(3, 1, 1).expand(3, 4, 8)
     flow, occlusion = from_network(drawn)
-    assert torch.equal(flow, torch.tensor([6.0, -4.0]).view(2, 1, 1).expand(2, 4, 8))
+    assert torch.equal(flow, torch.tensor([0.75, -0.5]).view(2, 1, 1).expand(2, 4, 8))
     assert occlusion.eq(1).all()
     assert from_grid(-drawn)[1].eq(0).all()
 

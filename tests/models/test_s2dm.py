@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
@@ -201,6 +202,51 @@ def test_a_fresh_encoders_tokens_say_what_moves_as_well_as_where_they_are():
     digits = MovingDigits(num_frames=4, length=32, motion=True)
     tokens = encoder(torch.cat([digits[i]["motion"][1:] for i in range(32)]))
     assert (tokens - tokens.mean(0)).std() > 0.2 * tokens.std()
+
+
+def test_a_fresh_motion_adapter_leaves_the_unet_as_it_was():
+    assert S2DM(S2DMConfig(**SMALL, motion_adapter=True)).motion_adapter.gains.eq(0).all()
+    adapted, (x, t, conditions) = small(motion_adapter=True), inputs()
+    torch.nn.init.zeros_(adapted.motion_adapter.gains)
+    plain = small()
+    plain.load_state_dict(adapted.state_dict(), strict=False)
+    assert torch.equal(adapted(x, t, **conditions), plain(x, t, **conditions))
+
+
+def test_a_motion_adapter_adds_its_features_to_the_way_down():
+    model, (x, t, conditions) = small(motion_adapter=True), inputs()
+    motion = conditions["motion"] = torch.randn(BATCH, FRAMES, 3, SIZE, SIZE).double()
+    ours = model(x, t, **conditions, dropped={"motion": samples(False, True)})
+    for b, dropped in enumerate((False, True)):
+        text = model.encoders["text"](conditions["text"][b]).expand(FRAMES, -1, -1)
+        moved = model.encoders["motion"](motion[b])
+        tokens = torch.cat([text, model.nulls["motion"].expand_as(moved) if dropped else moved], 1)
+        features = zip(model.motion_adapter.gains, model.motion_adapter.adapter(motion[b]), strict=True)
+        added = None if dropped else [gain * feature for gain, feature in features]
+        wanted = model.unet(x[b], t[b], tokens, down_intrablock_additional_residuals=added).sample
+        torch.testing.assert_close(ours[b], wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_a_motion_adapter_takes_motion_of_any_size():
+    model, (x, t, conditions) = small(motion_adapter=True), inputs()
+    x = x[..., :-1]  # an odd width, which the U-Net's strides and the adapter's pooling round in the same way
+    assert model(x, t, **conditions).shape == x.shape
+
+
+def test_training_with_a_motion_adapter_uses_motion():
+    """A toy: the frame is the motion's first channel, so that without motion nothing can be known of it."""
+    torch.manual_seed(0)
+    model = small(motion_adapter=True, text_width=None, motion_dropout=0.0).float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    noise = torch.zeros(8, 1, CHANNELS, SIZE, SIZE)
+    for _ in range(30):
+        motion = F.interpolate(torch.randn(8, 3, 2, 2), SIZE, mode="bilinear")[:, None]
+        wanted = motion[:, :, :1].expand_as(noise)
+        loss = (model(noise, torch.full((8,), 999), motion=motion, dropped={}) - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.5 * wanted.var()
 
 
 @pytest.mark.parametrize("step_sharing", ["shared", "independent"])
