@@ -27,6 +27,8 @@ class DataConfig:
     """Folder or manifest of videos, or folder of latents or of motion."""
     latents: bool = False
     """Train on the latents that models.flow stored beside the motion, not on the pixels."""
+    least_visible: float = 0.0
+    """Leave out stored clips whose first frame shows less than this share of the others: those across a cut."""
     size: int | None = None
     """Side of digits in pixels for a network of motion, whose own size is the motion's. None: the same."""
     text: str | None = None
@@ -184,6 +186,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, LARGEST_SEED),
     "data.frame_interval": (1, math.inf),
     "data.images": (0, math.inf),
+    "data.least_visible": (0, 1),
     "data.size": (1, math.inf),
     "data.length": (1, math.inf),
     "data.workers": (0, math.inf),
@@ -256,5 +259,7 @@ def _check_conditions(config: TrainConfig) -> None:
         raise UsageError(f"--data.size wants --network vdm and --data.kind digits, got {config.network}, {data.kind}")
     if data.latents and data.kind != "motion":
         raise UsageError(f"--data.latents wants --data.kind motion, got {data.kind}")
+    if data.least_visible and data.kind != "motion":
+        raise UsageError(f"--data.least_visible wants --data.kind motion, got {data.kind}")
     if data.images and config.network != "latte":
         raise UsageError(f"--data.images wants --network latte, got {config.network}")

@@ -108,9 +108,13 @@ class MotionDataset(SeededDataset):
         num_frames: int | None = None,
         latents: bool = False,
         flip: bool = False,
+        least_visible: float = 0.0,
         seed: int = 0,
     ) -> None:
         """`num_frames`: the first so many (None: all); `flip`: mirror half of the clips, and dx with them.
+
+        `least_visible`: only clips of whose later frames the first shows so large a share, from 0 to 1; across a change
+        of scene it shows little.
 
         Raises FileNotFoundError or ValueError for a folder without motion, for more frames than are stored, for latents
         where none are stored, or of mirrored clips.
@@ -124,21 +128,24 @@ class MotionDataset(SeededDataset):
             raise ValueError(f"no latents in {folder}: python -m models.flow --vae adds them to a new folder")
         if latents and flip:
             raise ValueError("flip must be False for latents: only pixels can be mirrored")
-        if not self.index.entries:
-            raise ValueError(f"no clips in {folder}")
+        self._kept = [i for i, entry in enumerate(self.index.entries) if entry.check.visible >= least_visible]
+        if not self._kept:
+            most = max((entry.check.visible for entry in self.index.entries), default=0.0)
+            raise ValueError(f"no clip in {folder} shows {least_visible:g} in its first frame; most is {most:.2f}")
         self.latents, self.flip = latents, flip
         self.classes = self.index.classes
-        self._captions = numbered_captions(entry.text for entry in self.index.entries)
+        self._captions = numbered_captions(self.index.entries[i].text for i in self._kept)
         self.captions = tuple(self._captions)
 
     def __len__(self) -> int:
-        """The number of stored clips."""
-        return len(self.index.entries)
+        """The number of clips that are kept."""
+        return len(self._kept)
 
     def draw(self, index: int, rng: np.random.Generator) -> Sample:
         """The stored clip, mirrored or its latent drawn by `rng`."""
-        entry = self.index.entries[index]
-        stored = read_tensors(self.folder, self.index, index, self.num_frames)
+        number = self._kept[index]
+        entry = self.index.entries[number]
+        stored = read_tensors(self.folder, self.index, number, self.num_frames)
         motion = to_network(stored["flow"].float(), stored["occlusion"].float() / 255)
         if self.latents:
             clip = {"latent": self._latent(stored, rng)}

@@ -37,7 +37,12 @@ def make_clips(config: TrainConfig) -> SeededDataset:
     assert data.path is not None  # parse_train_config has seen to it
     if data.kind == "motion":
         return MotionDataset(
-            data.path, num_frames=network.num_frames, latents=data.latents, flip=data.flip, seed=config.seed
+            data.path,
+            num_frames=network.num_frames,
+            latents=data.latents,
+            flip=data.flip,
+            least_visible=data.least_visible,
+            seed=config.seed,
         )
     if data.kind == "latents":
         return LatentDataset(

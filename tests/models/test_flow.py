@@ -17,6 +17,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 from models import flow as command
+from models import train
 from models.autoencoder import load_autoencoder, posterior
 from models.command_line import UsageError
 from models.data import MotionDataset
@@ -27,6 +28,8 @@ from models.flow import FlowConfig, extract, main, summary
 from models.motion import from_network
 from models.motion.extract import clip_motion, load_extractor
 from tests.models.clip_files import write_numbered
+from tests.models.runs import options, read_metrics
+from tests.models.test_two_processes import S2DM as TINY_S2DM
 
 
 class Brightness:
@@ -384,7 +387,7 @@ def test_samples_are_the_stored_clips_and_their_mirrors(config: FlowConfig, quic
         assert sample.keys() == {"video", "motion", "label"}
         assert torch.equal(sample["video"], to_float(stored["video"]))
         assert int(sample["label"]) == int(name.startswith("b"))
-        torch.testing.assert_close(sample["motion"][:, :2], stored["flow"].float())  # 8 times as large, of half the 16 pixels
+        torch.testing.assert_close(sample["motion"][:, :2], stored["flow"].float())  # 8 times half the 16 pixels
         torch.testing.assert_close(sample["motion"][:, 2:], stored["occlusion"].float() / 127.5 - 1)
         short = MotionDataset(config.out, num_frames=2)[index]
         assert torch.equal(short["motion"], sample["motion"][:2])
@@ -424,6 +427,28 @@ def test_latents_are_drawn_from_the_scaled_posterior(config: FlowConfig, quick: 
     assert abs(normal.mean()) < 0.04
     assert abs(normal.std() - 1) < 0.03
     assert torch.equal(MotionDataset(config.out)[0]["video"], to_float(found["a/0.mp4", 0]["video"]))
+
+
+def test_clips_across_a_cut_can_be_left_out(config: FlowConfig, quick: Brightness) -> None:
+    extract(config)
+    dataset, entries = MotionDataset(config.out), read_motion_index(config.out).entries
+    least = max(entry.check.visible for entry in entries)
+    kept = [i for i, entry in enumerate(entries) if entry.check.visible >= least]
+    clear = MotionDataset(config.out, least_visible=least)
+    assert 0 < len(clear) == len(kept) < 5
+    for number, index in enumerate(kept):
+        assert torch.equal(clear[number]["video"], dataset[index]["video"])
+        assert clear[number]["label"] == dataset[index]["label"]
+    with pytest.raises(ValueError, match=r"no clip in .* shows 1\.1 in its first frame; most is [01]\.\d\d"):
+        MotionDataset(config.out, least_visible=1.1)
+
+
+def test_an_s2dm_trains_on_stored_clips(config: FlowConfig, quick: Brightness, tmp_path: Path) -> None:
+    extract(config)
+    overrides = {"s2dm__in_channels": 3, "s2dm__motion_adapter": True, "data__kind": "motion", "data__path": config.out}
+    assert train.main(options(tmp_path / "run", **{**TINY_S2DM, **overrides})) == 0
+    losses = [metrics["loss"] for metrics in read_metrics(tmp_path / "run")]
+    assert 0 < losses[-1] < losses[0]
 
 
 def test_the_dataset_names_what_it_cannot_give(config: FlowConfig, quick: Brightness, tmp_path: Path) -> None:
