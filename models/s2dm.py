@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.clip_config import ClipConfig
 from models.conditions import check_condition, resolve_dropped
 from models.frame_encoder import FrameEncoder
 from models.motion_adapter import MotionAdapter
@@ -17,7 +18,7 @@ MOTION_CHANNELS = 3
 
 
 @dataclass(frozen=True)
-class S2DMConfig:
+class S2DMConfig(ClipConfig):
     """What an S2DM is made of; the defaults are Stable Diffusion 1.5's U-Net on the latents of 16 frames of 128 x 128.
 
     Attributes:
@@ -86,22 +87,7 @@ class S2DMConfig:
             ("motion_adapter", self.motion or not self.motion_adapter, "False without motion"),
             *((f"{name}_dropout", 0 <= p < 1, "in [0, 1)") for name, p in self.dropouts.items()),
         )
-        for name, holds, wanted in rules:
-            if not holds:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
-
-    @property
-    def frame_size(self) -> tuple[int, int]:
-        """(height, width) of a frame."""
-        if isinstance(self.input_size, int):
-            return self.input_size, self.input_size
-        height, width = self.input_size
-        return height, width
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the output."""
-        return 2 * self.in_channels if self.learn_sigma else self.in_channels
+        self.refuse_unless(rules)
 
     @property
     def num_classes(self) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.clip_config import ClipConfig
 from models.conditions import check_condition, resolve_dropped
 from models.unet3d.attention import SpaceAttention, TimeAttention
 from models.unet3d.residual import KERNEL, ResidualBlock
@@ -33,7 +34,7 @@ GRANULE = 8
 
 
 @dataclass(frozen=True)
-class VDMConfig:
+class VDMConfig(ClipConfig):
     """What a VDM is made of; the defaults diffuse 16 frames of motion at 32 x 32.
 
     Attributes:
@@ -86,27 +87,12 @@ class VDMConfig:
             ("text_dropout", 0 <= self.text_dropout < 1, "in [0, 1)"),
             ("reference_dropout", 0 <= self.reference_dropout < 1, "in [0, 1)"),
         )
-        for name, holds, wanted in rules:
-            if not holds:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
-
-    @property
-    def frame_size(self) -> tuple[int, int]:
-        """(height, width) of a frame."""
-        if isinstance(self.input_size, int):
-            return self.input_size, self.input_size
-        height, width = self.input_size
-        return height, width
+        self.refuse_unless(rules)
 
     @property
     def downscale(self) -> int:
         """How much smaller the last level's frames are along each side."""
         return 2 ** max(len(self.channel_multipliers) - 1, 0)
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the output."""
-        return 2 * self.in_channels if self.learn_sigma else self.in_channels
 
     @property
     def num_classes(self) -> None:
