@@ -1,6 +1,6 @@
 """Fused operators that make video diffusion transformers train and sample faster."""
 
-from vidkern import diffusion, integrations, nn, ops, rng
+from vidkern import diffusion, integrations, nn, ops, optim, rng
 from vidkern._dispatch import BackendError, backend
 from vidkern.integrations import patch, unpatch
 from vidkern.version import __version__
@@ -13,6 +13,7 @@ __all__ = [
     "integrations",
     "nn",
     "ops",
+    "optim",
     "patch",
     "rng",
     "unpatch",

@@ -25,6 +25,7 @@
 #define __forceinline__ inline
 #define __restrict__
 #define __shared__ static
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __maxnreg__(...)
 
@@ -48,6 +49,8 @@ void __stwb(T* p, T value) {
   *p = value;
 }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 
 namespace emulator {
 

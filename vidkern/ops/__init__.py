@@ -1,5 +1,6 @@
 """The operators, one sub-package per family."""
 
+from vidkern.ops.activation import gelu_mlp, gelu_tanh
 from vidkern.ops.attention import (
     axial_attention,
     joint_attention,
@@ -17,9 +18,11 @@ from vidkern.ops.modulation import (
     rms_norm_modulate,
 )
 from vidkern.ops.noise import add_noise, diffusion_mse, hybrid_loss, philox_normal
+from vidkern.ops.optimizer import adamw_ema_
 from vidkern.ops.sampling import ddim_step, ddpm_step, flow_step
 
 __all__ = [
+    "adamw_ema_",
     "add_noise",
     "axial_attention",
     "causal_conv3d",
@@ -31,6 +34,8 @@ __all__ = [
     "gate_residual",
     "gate_residual_modulate",
     "gate_residual_rms_modulate",
+    "gelu_mlp",
+    "gelu_tanh",
     "hybrid_loss",
     "joint_attention",
     "layer_norm_modulate",
