@@ -1,11 +1,13 @@
 """Latte (Ma et al. 2024): a video diffusion transformer of divided space-time attention; also FVDM's network."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from models.conditions import check_condition, resolve_dropped
@@ -14,6 +16,7 @@ from vidkern.nn import (
     FinalLayer,
     LabelEmbedder,
     PatchEmbed,
+    PerFrameModulation,
     TimestepEmbedder,
     rotary_tables,
     sincos_1d,
@@ -180,6 +183,25 @@ def published_config(family: str, name: str, **overrides: Any) -> LatteConfig:
     return LatteConfig(**{**published, **overrides})
 
 
+class Prepared(NamedTuple):
+    """What a run's timesteps and conditions become in every block, so that no step computes it again.
+
+    Attributes:
+        times: int64 (T,), ascending: every timestep that may be asked for.
+        vectors: (T, B, 6D for each block and 2D for the final layer), or (T, 1, ...) where all samples are alike.
+    """
+
+    times: Tensor
+    vectors: Tensor
+
+    def at(self, t: Tensor) -> Tensor:
+        """Return the vectors (B, F, ...) at timesteps t (B, F), which must be among ``times``."""
+        rows = torch.searchsorted(self.times, t)
+        if self.vectors.shape[1] == 1:
+            return self.vectors[:, 0][rows]
+        return self.vectors[rows, torch.arange(len(t), device=t.device)[:, None]]
+
+
 class Latte(nn.Module):
     """The network: epsilon and, with ``learn_sigma``, the variance of noisy clips at given timesteps.
 
@@ -232,6 +254,7 @@ class Latte(nn.Module):
         known: Tensor | None = None,
         given: Tensor | None = None,
         dropped: Mapping[str, Tensor] | None = None,
+        prepared: Prepared | None = None,
     ) -> Tensor:
         """Predict the noise, and with ``learn_sigma`` the variance, of noisy clips.
 
@@ -249,6 +272,7 @@ class Latte(nn.Module):
             given: bool (B, F), true for the given frames; the prediction of these means nothing.
             dropped: bool (B,) for "y" or "text": the samples whose labels, those of the images among them, become the
                 null class, or whose text becomes zeros. None: drawn in training by the configuration's ``dropouts``.
+            prepared: what :meth:`prepare` returned for these samples, instead of y, text and dropped.
 
         Returns:
             (B, F, 2C, H, W) = [epsilon, sigma] along channels with ``learn_sigma``, else (B, F, C, H, W); in the dtype
@@ -257,24 +281,62 @@ class Latte(nn.Module):
         Raises:
             ValueError: a shape that does not fit, or a condition that is missing or unknown to this model.
         """
-        self._check(x, t, y, text, num_images, image_labels)
+        self._check(x, t, num_images, image_labels)
         self._check_given(x, num_images, known, given)
-        dropped = resolve_dropped(dropped, self.config.dropouts, len(x), x.device, training=self.training)
-        y = _masked(y, dropped.get("y"), self.config.num_classes)
-        image_labels = _masked(image_labels, dropped.get("y"), self.config.num_classes)
-        text = _masked(text, dropped.get("text"), 0)
         if known is not None and given is not None:
             x, t = self._with_given(x, t, known, given)
-        frames = x.shape[1] - num_images
-        time = self.t_embedder(t if t.dim() == 2 else t[:, None])  # (B, 1 or F, D)
-        label = self.y_embedder(y)[:, None] if y is not None else None
-        prompt = self.text_embedding_projection(text.flatten(1))[:, None] if text is not None else None
+        t = t if t.dim() == 2 else t[:, None]  # (B, 1 or F)
+        if prepared is not None:
+            self._check_prepared(x, y, text, num_images, dropped, prepared)
+            return self._denoise(x, self._split(prepared.at(t)))
+        self._check_conditions(len(x), y, text)
+        dropped = resolve_dropped(dropped, self.config.dropouts, len(x), x.device, training=self.training)
+        image_labels = _masked(image_labels, dropped.get("y"), self.config.num_classes)
+        time = self.t_embedder(t)  # (B, 1 or F, D)
+        label, prompt = self._embed(y, text, dropped)
         if not num_images:
-            return self._denoise(x, time, label, prompt)
-        video = self._denoise(x[:, :frames], time[:, :frames], label)
+            return self._denoise(x, self._conditions(time, label, prompt))
+        frames = x.shape[1] - num_images
+        video = self._denoise(x[:, :frames], self._conditions(time[:, :frames], label, prompt))
         image_time = time.expand(-1, x.shape[1], -1)[:, frames:]
         image_label = self.y_embedder(image_labels) if image_labels is not None else None
         return torch.cat([video, self._denoise_images(x[:, frames:], image_time, image_label)], dim=1)
+
+    def prepare(
+        self,
+        times: Tensor,
+        y: Tensor | None = None,
+        *,
+        text: Tensor | None = None,
+        dropped: Mapping[str, Tensor] | None = None,
+    ) -> Prepared | None:
+        """Compute every block's modulation vectors for all timesteps of a sampling run: ``forward``'s ``prepared``.
+
+        The weights that make them, a third of all, are read once instead of once a step. T timesteps and B samples keep
+        T * B * (6 * depth + 2) * D numbers in the dtype of the linear layers (autocast's, under autocast): 156 MB for
+        Latte-XL, 50 steps and 4 clips with guidance in bfloat16.
+
+        Args:
+            times: int64 (T,), the timesteps that ``forward`` will be asked for, in any order.
+            y, text, dropped: as in ``forward``, for the samples of its batch.
+
+        Returns:
+            None where it cannot be: tubelets, whose timesteps are means, and weights sharded by FSDP2, which are whole
+            only inside ``forward``.
+        """
+        if self.config.patch_frames > 1 or isinstance(self, FSDPModule):
+            return None
+        given = [value for value in (y, text) if value is not None]
+        batch = len(given[0]) if given else 1
+        self._check_conditions(batch, y, text)
+        dropped = resolve_dropped(dropped, self.config.dropouts, batch, times.device, training=self.training)
+        if self.config.image_condition is not None:
+            times = torch.cat([times, times.new_zeros(1)])  # the timestep of given frames
+        times = times.unique()
+        label, prompt = self._embed(y, text, dropped)
+        conditions = self._conditions(self.t_embedder(times)[None], label, prompt)  # (B or 1, T, D)
+        vectors = [m.vectors(c) for m, c in zip(self._modulations, conditions, strict=True)]
+        return Prepared(times, torch.cat(vectors, dim=-1).transpose(0, 1))
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, cfg_scale: float = 7.0, *, text: Tensor | None = None
@@ -307,14 +369,14 @@ class Latte(nn.Module):
             x = torch.cat([x, x.masked_fill(~mask, 0), mask.to(x.dtype).expand_as(x[:, :, :1])], dim=2)
         return x, t
 
-    def _denoise(
-        self, x: Tensor, time: Tensor, label: Tensor | None, prompt: Tensor | None = None, in_time: bool = True
-    ) -> Tensor:
-        """Run the network on clips, or, with ``in_time`` False, without its temporal blocks and positions."""
+    def _denoise(self, x: Tensor, conditions: Sequence[Tensor], in_time: bool = True) -> Tensor:
+        """Run the network on clips, or, with ``in_time`` False, without its temporal blocks and positions.
+
+        ``conditions``: for each block, then for the final layer, SiLU of the condition or the vectors made of it.
+        """
         tokens = self.x_embedder(x)  # (B, F', N, D)
         grid = x.shape[3] // self.config.patch_size, x.shape[4] // self.config.patch_size
         tokens = tokens + self._space_positions(grid).to(tokens.dtype)
-        condition, last_condition = self._conditions(time, label, prompt)
         rope = self._rope(tokens)
         branch = None
         for i, (block, attention) in enumerate(zip(self.blocks, self.config.attentions, strict=True)):
@@ -324,27 +386,45 @@ class Latte(nn.Module):
                 tokens = tokens + self._time_positions(tokens.shape[1]).to(tokens.dtype)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 tokens, branch = checkpoint(
-                    block, tokens, condition, branch, rope, use_reentrant=False, preserve_rng_state=False
+                    block, tokens, conditions[i], branch, rope, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                tokens, branch = block(tokens, condition, branch, rope)
-        patches = self.final_layer(tokens, last_condition, branch)
+                tokens, branch = block(tokens, conditions[i], branch, rope)
+        patches = self.final_layer(tokens, conditions[-1], branch)
         return unpatchify(patches, grid, self.config.patch_size, self.config.patch_frames)
 
     def _denoise_images(self, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
         """Run (B, I) images as B * I clips of one frame: (B, I, C, H, W) -> (B, I, C_out, H, W)."""
         x_clips, time_clips = x.flatten(0, 1)[:, None], time.flatten(0, 1)[:, None]
         label_clips = None if label is None else label.flatten(0, 1)[:, None]
-        return self._denoise(x_clips, time_clips, label_clips, in_time=False).unflatten(0, x.shape[:2]).squeeze(2)
+        conditions = self._conditions(time_clips, label_clips, None)
+        return self._denoise(x_clips, conditions, in_time=False).unflatten(0, x.shape[:2]).squeeze(2)
 
-    def _conditions(self, time: Tensor, label: Tensor | None, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the condition of the blocks and that of the final layer, which never sees the text."""
+    def _embed(
+        self, y: Tensor | None, text: Tensor | None, dropped: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the embeddings (B, 1, D) of the labels and of the texts, null where they are dropped."""
+        y, text = _masked(y, dropped.get("y"), self.config.num_classes), _masked(text, dropped.get("text"), 0)
+        label = self.y_embedder(y)[:, None] if y is not None else None
+        prompt = self.text_embedding_projection(text.flatten(1))[:, None] if text is not None else None
+        return label, prompt
+
+    def _conditions(self, time: Tensor, label: Tensor | None, prompt: Tensor | None) -> list[Tensor]:
+        """Return SiLU of the condition of each block, then of the final layer, which never sees the text."""
         if self.config.patch_frames > 1 and time.shape[1] > 1:
             time = time.unflatten(1, (-1, self.config.patch_frames)).mean(2)
         if prompt is not None:
-            return time + prompt, time
-        condition = time if label is None else time + label
-        return condition, condition
+            return [F.silu(time + prompt)] * len(self.blocks) + [F.silu(time).expand(len(prompt), -1, -1)]
+        return [F.silu(time if label is None else time + label)] * (len(self.blocks) + 1)
+
+    @property
+    def _modulations(self) -> list[PerFrameModulation]:
+        """What makes each block's vectors, then the final layer's."""
+        return [module.adaLN_modulation for module in (*self.blocks, self.final_layer)]
+
+    def _split(self, vectors: Tensor) -> tuple[Tensor, ...]:
+        """Return the vectors of each block and of the final layer, views of (B, F, all of them)."""
+        return vectors.split([modulation.size for modulation in self._modulations], dim=-1)
 
     @property
     def _first_in_time(self) -> int:
@@ -373,15 +453,7 @@ class Latte(nn.Module):
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         return cos.to(dtype), sin.to(dtype)
 
-    def _check(
-        self,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor | None,
-        text: Tensor | None,
-        num_images: int,
-        image_labels: Tensor | None,
-    ) -> None:
+    def _check(self, x: Tensor, t: Tensor, num_images: int, image_labels: Tensor | None) -> None:
         config = self.config
         if x.dim() != 5 or x.shape[2] != config.in_channels:
             raise ValueError(f"x must be (B, F, C = {config.in_channels}, H, W), got {tuple(x.shape)}")
@@ -390,13 +462,34 @@ class Latte(nn.Module):
             raise ValueError(f"t must be (B,) = {(batch,)} or (B, F) = {(batch, frames)}, got {tuple(t.shape)}")
         if not 0 <= num_images < frames:
             raise ValueError(f"num_images must be at least 0 and below x's {frames} frames, got {num_images}")
-        if num_images and (config.patch_frames > 1 or text is not None):
+        if num_images and (config.patch_frames > 1 or config.text_size is not None):
             raise ValueError(f"num_images must be 0 with tubelets or with text, got {num_images}")
-        check_condition("y", y, (batch,) if config.num_classes is not None else None)
         labelled = config.num_classes is not None and num_images > 0
         check_condition("image_labels", image_labels, (batch, num_images) if labelled else None)
+
+    def _check_conditions(self, batch: int, y: Tensor | None, text: Tensor | None) -> None:
+        config = self.config
+        check_condition("y", y, (batch,) if config.num_classes is not None else None)
         if (text is None) != (config.text_size is None):
             raise ValueError(f"text must be {'None' if text is not None else 'given'}: text_size is {config.text_size}")
+
+    def _check_prepared(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        text: Tensor | None,
+        num_images: int,
+        dropped: Mapping[str, Tensor] | None,
+        prepared: Prepared,
+    ) -> None:
+        others = {"y": y, "text": text, "dropped": dropped, "num_images": num_images or None}
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(f"{name} must be left out with prepared, got {type(value).__name__}")
+        sizes = prepared.vectors.shape[1], prepared.vectors.shape[2]
+        channels = sum(modulation.size for modulation in self._modulations)
+        if sizes[0] not in (1, len(x)) or sizes[1] != channels:
+            raise ValueError(f"prepared must be of {len(x)} samples and {channels} channels, got {sizes}")
 
     def _check_given(self, x: Tensor, num_images: int, known: Tensor | None, given: Tensor | None) -> None:
         wanted = self.config.image_condition is not None

@@ -1,7 +1,9 @@
 """Classifier-free guidance with a scale for each condition."""
 
+import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,8 @@ def guide(
         conditions: by the keyword of the model's forward; (B, ...) each. One without a scale is always kept.
         scales: by the condition's name. 1 is no guidance, 0 ignores the condition.
 
+    Where the model has a method ``prepare``, so has what is returned, see ``vidkern.diffusion.sample``.
+
     Raises:
         ValueError: a scale of a condition that is not there.
     """
@@ -41,15 +45,35 @@ def guide(
         name: torch.cat([_mask(conditions[name], place >= k) for k in kept]) for place, name in enumerate(scales)
     }
 
-    def guided(x: Tensor, t: Tensor) -> Tensor:
-        out = model(torch.cat([x] * copies), torch.cat([t] * copies), dropped=dropped, **repeated)
+    return _Guided(model, repeated | {"dropped": dropped}, [weights[k] for k in kept])
+
+
+class _Guided:
+    """The weighted sum of a model's predictions under several sets of conditions, computed in one batch.
+
+    Args:
+        model: called as model(x, t, **conditions), or model(x, t, prepared=...) with what its ``prepare`` returns.
+        conditions: of the samples of the first prediction, then of the second, and so on.
+        weights: of the predictions.
+    """
+
+    def __init__(self, model: Callable[..., Tensor], conditions: Mapping[str, Any], weights: Sequence[float]) -> None:
+        self.model, self.conditions, self.weights = model, conditions, weights
+
+    @property
+    def prepare(self) -> Callable[[Tensor], Any]:
+        """What a run's timesteps and the conditions become before its first step; missing where the model has none."""
+        return functools.partial(self.model.prepare, **self.conditions)  # type: ignore[attr-defined]
+
+    def __call__(self, x: Tensor, t: Tensor, **prepared: Any) -> Tensor:
+        copies = len(self.weights)
+        out = self.model(torch.cat([x] * copies), torch.cat([t] * copies), **(prepared or self.conditions))
         predictions = out.unflatten(0, (copies, len(x)))
         dtype = torch.promote_types(out.dtype, torch.float32)
         channels = x.shape[2]
-        epsilon = sum(weights[k] * predictions[i, :, :, :channels].to(dtype) for i, k in enumerate(kept))
+        parts = zip(self.weights, predictions, strict=True)
+        epsilon = sum(weight * part[:, :, :channels].to(dtype) for weight, part in parts)
         return torch.cat([epsilon, predictions[-1, :, :, channels:].to(dtype)], dim=2)
-
-    return guided
 
 
 def _mask(condition: Tensor, value: bool) -> Tensor:

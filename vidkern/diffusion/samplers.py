@@ -47,7 +47,10 @@ def sample(
     """Draw clips. Inside the loop nothing waits for the device and nothing is copied to it.
 
     Args:
-        model: called as model(x, t) or model(x, t, y) with x (B, F, C, H, W) and t int64 (B, F).
+        model: called as model(x, t) or model(x, t, y) with x (B, F, C, H, W) and t int64 (B, F). Where it has a method
+            ``prepare``, prepare(times) or prepare(times, y) is called before the first step with all of the run's
+            timesteps, int64 (T,), and what it returns, if not None, is given to every step instead of y, as
+            model(x, t, prepared=...).
         shape: (B, F, C, H, W), or the starting noise itself, a float32 tensor of that shape.
         schedule: on the device where the clips are drawn.
         key: the noise key, int64 (2,) on that device.
@@ -98,7 +101,7 @@ def sample(
 
     # a frame whose timestep does not change yet (``progressive``) rests like a given one
     hold = given[:-1] | (tau[:-1] == tau[1:])
-    run = _Run(x, tau, hold, _evaluator(model, y, y_null, cfg_scale), step)
+    run = _Run(x, tau, hold, _evaluator(model, tau[:-1].unique(), y, y_null, cfg_scale), step)
     steps = graphs.replayed(run.advance, x.device) if graph else graphs.repeated(run.advance)
     for i, _ in zip(range(num_steps), steps, strict=False):
         if progress is not None:
@@ -256,14 +259,23 @@ def _step(
 
 
 def _evaluator(
-    model: Callable[..., Tensor], y: Tensor | None, y_null: Tensor | int | None, cfg_scale: float | None
+    model: Callable[..., Tensor],
+    times: Tensor,
+    y: Tensor | None,
+    y_null: Tensor | int | None,
+    cfg_scale: float | None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the model as a function of (x, t); under guidance its batch is doubled, the conditional half first."""
+    if cfg_scale is not None:
+        assert y is not None  # _check has seen to it
+        assert y_null is not None
+        null = y_null if isinstance(y_null, Tensor) else torch.full_like(y, y_null)
+        y = torch.cat([y, null.expand_as(y)])
     condition = () if y is None else (y,)
+    prepare = getattr(model, "prepare", None)
+    prepared = None if prepare is None else prepare(times, *condition)
+    if prepared is not None:
+        condition, model = (), functools.partial(model, prepared=prepared)
     if cfg_scale is None:
         return lambda x, t: model(x, t, *condition)
-    assert y is not None  # _check has seen to it
-    assert y_null is not None
-    null = y_null if isinstance(y_null, Tensor) else torch.full_like(y, y_null)
-    both = torch.cat([y, null.expand_as(y)])
-    return lambda x, t: model(x.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), both)
+    return lambda x, t: model(x.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), *condition)

@@ -10,24 +10,31 @@ Branch = tuple[Tensor, Tensor]
 
 
 class PerFrameModulation(nn.Sequential):
-    """SiLU and a Linear from the condition to a block's vectors, once per (batch, frame).
+    """A Linear from the condition, SiLU already applied, to a block's vectors, once per (batch, frame).
 
-    The Linear is parameter ``1``, as in DiT, Latte and FVDM, and zero to begin with. A block's chunks are shift, scale,
-    gate of its attention, then shift, scale, gate of its MLP.
+    The Linear is parameter ``1``, as in DiT, Latte and FVDM, and zero to begin with. Their place 0 is the SiLU, which
+    all blocks would apply to the same condition: the network does so once. A block's chunks are shift, scale, gate of
+    its attention, then shift, scale, gate of its MLP.
     """
 
     def __init__(self, hidden_size: int, chunks: int = 6) -> None:
-        super().__init__(nn.SiLU(), zero_linear(hidden_size, chunks * hidden_size))
-        self.chunks = chunks
+        super().__init__(nn.Identity(), zero_linear(hidden_size, chunks * hidden_size))
+        self.size, self.chunks = chunks * hidden_size, chunks
 
     def forward(self, c: Tensor, frames: int) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Return ``chunks`` views (B, frames, D) of one tensor.
 
         Args:
-            c: (B, frames, D), or (B, 1, D) for a clip with one condition, which is computed once and expanded.
+            c: (B, frames, D), or (B, 1, D) for a clip with one condition, which is computed once and expanded; or the
+                vectors of such a condition, made before by :meth:`vectors`, of ``size`` instead of D channels.
             frames: F of the tokens to be modulated.
         """
-        return super().forward(c).expand(-1, frames, -1).chunk(self.chunks, dim=-1)
+        vectors = c if c.shape[-1] == self.size else self.vectors(c)
+        return vectors.expand(-1, frames, -1).chunk(self.chunks, dim=-1)
+
+    def vectors(self, c: Tensor) -> Tensor:
+        """Return all chunks side by side: (..., D) -> (..., size)."""
+        return super().forward(c)
 
 
 def residual_modulate(x: Tensor, branch: Branch | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
