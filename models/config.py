@@ -89,6 +89,8 @@ class OptimConfig:
     """First step at which gradients are scaled down."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights, a step."""
+    ema_warmup: bool = True
+    """Let it rise to that: min(ema_decay, (1 + step) / (10 + step)), see models/training/ema.py."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +140,8 @@ class TrainConfig:
     """How torchrun's processes share the work: replicas, or FSDP2 shards of weights and optimiser."""
     compile: bool = False
     """torch.compile the network."""
+    graph: bool = False
+    """Capture the whole step (forward, backward, optimiser, EMA) into a CUDA graph: one process on a GPU."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     network: Literal["latte", "s2dm", "vdm", "videofusion"] = "latte"

@@ -27,12 +27,15 @@ def gather(
     Tensors are whole and on the CPU, so that any number of processes can go on. Every process must call this; only the
     main one gets the tensors. The random numbers and the place in the data follow from the seed and the step.
     """
+    moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_GATHER)
+    for group in moments.get("param_groups", []):  # a CUDA graph's numbers are tensors
+        group.update({name: value.item() for name, value in group.items() if isinstance(value, Tensor)})
     return {
         "step": step,
         "config": config,
         "model": get_model_state_dict(model, options=_GATHER),
         "ema": get_model_state_dict(ema, options=_GATHER),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_GATHER),
+        "optimizer": moments,
     }
 
 

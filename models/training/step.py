@@ -15,11 +15,12 @@ from models.networks import Network, build_network, noise_options
 from models.sampling.network import find_checkpoint
 from models.training.distributed import World, distribute, gradient_exchange
 from models.training.draws import Draws, draw
-from models.training.ema import update_ema
+from models.training.graph import GraphedStep
 from models.training.metrics import say
-from models.training.optimizer import apply_settings, clip_gradients, make_optimizer
+from models.training.optimizer import Rates, make_optimizer, rates_at, take_step
 from models.training.rng import seed_process, seed_step
 from vidkern.diffusion import Schedule, diffusion_loss, make_schedule
+from vidkern.optim import AdamWEMA
 from vidkern.rng import KeyStream
 
 
@@ -33,10 +34,11 @@ class Run:
     model: Network
     network: nn.Module  # what training calls: `model`, or a DDP replica around it
     ema: Network
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamWEMA
     generator: torch.Generator  # of what a step draws for the whole batch
     keys: KeyStream  # noise keys, one a step, the same in every process
     step: int = 0
+    graphed: GraphedStep | None = None  # `learn` as a CUDA graph
 
     @property
     def checkpoints(self) -> Path:
@@ -55,6 +57,8 @@ def make_run(config: TrainConfig, world: World) -> Run:
     Raises ValueError or OSError for sizes that cannot be built, or weights to begin with that are not there or do not
     fit.
     """
+    if config.graph:
+        refuse_graph(world)
     seed_process(config.seed)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as the papers' code trains
@@ -66,17 +70,28 @@ def make_run(config: TrainConfig, world: World) -> Run:
     if config.compile:
         model.compile()
     network = distribute(model, ema, config.strategy, world)
-    return Run(
+    run = Run(
         config=config,
         world=world,
         schedule=make_schedule(config.diffusion.schedule, config.diffusion.num_steps, world.device),
         model=model,
         network=network,
         ema=ema,
-        optimizer=make_optimizer(model, config.optim),
+        optimizer=make_optimizer(model, ema, config.optim),
         generator=torch.Generator(world.device),
         keys=KeyStream(config.seed, world.device),
     )
+    if config.graph:
+        run.graphed = GraphedStep(functools.partial(learn, run), world.device)
+    return run
+
+
+def refuse_graph(world: World) -> None:
+    """Raise ValueError where a step cannot be a CUDA graph, with the reason."""
+    if world.device.type != "cuda":
+        raise ValueError(f"--graph wants a CUDA device, the run is on the {world.device.type}")
+    if torch.distributed.is_initialized():
+        raise ValueError("--graph captures the step of one process, and torchrun's exchange gradients in it")
 
 
 def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
@@ -87,9 +102,18 @@ def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
 
     Returns loss, mse, vb and the norm of the gradient before clipping, float32 (4,) on the device.
     """
-    config, world, n = run.config, run.world, len(x0)
+    config, world = run.config, run.world
     seed_step(run.generator, config.seed, run.step, world.rank)
-    draws = draw(config, x0.shape[1], run.generator)
+    draws, rates = draw(config, x0.shape[1], run.generator), rates_at(config.optim, run.step + 1)
+    step = functools.partial(learn, run) if run.graphed is None else run.graphed
+    values = step(x0, conditions, draws, rates)
+    run.step += 1
+    return values
+
+
+def learn(run: Run, x0: Tensor, conditions: dict[str, Tensor], draws: Draws, rates: Rates) -> Tensor:
+    """The part of `train_step` that is on the device, and its result."""
+    config, world, n = run.config, run.world, len(x0)
     key = run.keys.next()
     sums = torch.zeros(3, device=x0.device)
     size = min(config.micro_batch_size or n, n)
@@ -102,12 +126,7 @@ def train_step(run: Run, x0: Tensor, conditions: dict[str, Tensor]) -> Tensor:
             losses = loss_of(run, x0[part], some, draws.part(clips), key, clips.start)
             (weight * losses["loss"]).backward()
         sums += weight * torch.stack([losses["loss"].detach(), losses["mse"], losses["vb"]])
-    run.step += 1
-    norm = clip_gradients(run.model, config.optim, run.step)
-    apply_settings(run.optimizer, config.optim, run.step)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    update_ema(run.ema, run.model, config.optim.ema_decay)
+    norm = take_step(run.optimizer, config.optim, rates)
     return torch.cat([sums, norm[None]])
 
 

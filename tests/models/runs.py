@@ -216,7 +216,7 @@ def _in_the_middle_of_a_line(n: int) -> Any:
 
 
 MOMENTS: dict[str, Callable[[int], Any]] = {
-    "in a step": _before(step, "update_ema"),
+    "in a step": _before(step, "take_step"),
     "while a checkpoint is written": _in_the_middle_of_saving,
     "before a checkpoint is renamed": _before(checkpointing.os, "replace"),
     "after a checkpoint is renamed": _before(checkpointing, "_sync_directory"),

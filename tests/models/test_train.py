@@ -24,9 +24,9 @@ from models.latte import Latte
 from models.training import checkpointing, draws, step
 from models.training.data import Batches
 from models.training.distributed import World
-from models.training.ema import update_ema
+from models.training.ema import decay_at
 from models.training.export import read_config
-from models.training.optimizer import apply_settings, clip_gradients, learning_rate, make_optimizer
+from models.training.optimizer import learning_rate, make_optimizer, rates_at, take_step
 from tests.models.runs import config, newest, options, read_metrics
 from vidkern.diffusion import sample_timesteps
 from vidkern.ops import philox_normal
@@ -174,34 +174,49 @@ def test_a_step_never_waits_for_the_device(timesteps: str, tmp_path: Path) -> No
 
 
 def test_ema_follows_its_equation(tmp_path: Path) -> None:
-    run, _ = steps_of(tmp_path, 3)
-    ema, model = run.ema.state_dict(), run.model.state_dict()
-    expected = {n: 0.75 * ema[n].double() + 0.25 * model[n].double() for n in ema}
-    moved = [n for n in ema if not torch.equal(ema[n], model[n])]
-    update_ema(run.ema, run.model, 0.75)
+    """After three steps, with a decay that is still warming up at 2/11, 3/12 and 4/13."""
+    run = step.make_run(config(tmp_path), WORLD)
+    expected = {n: p.double() for n, p in run.ema.state_dict().items()}
+    batches = Batches(run.config, WORLD).after(0)
+    for decay in (2 / 11, 3 / 12, 4 / 13):
+        step.train_step(run, *next(batches))
+        weights = run.model.state_dict()
+        expected = {n: decay * e + (1 - decay) * weights[n].double() for n, e in expected.items()}
+    moved = [n for n, value in run.ema.state_dict().items() if not torch.equal(value, run.model.state_dict()[n])]
     assert len(moved) > 10
     for name, value in run.ema.state_dict().items():
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-6, atol=1e-8)
     assert torch.equal(run.ema.pos_embed, run.model.pos_embed)
 
 
+def test_the_decay_warms_up_unless_it_is_told_not_to(tmp_path: Path) -> None:
+    optim = config(tmp_path, optim__ema_decay=0.9999).optim
+    assert [decay_at(optim, number) for number in (8, 89_990, 90_000)] == [0.5, 89_991 / 90_000, 0.9999]
+    assert decay_at(config(tmp_path, optim__ema_decay=0.9999, optim__ema_warmup=False).optim, 1) == 0.9999
+
+
 def test_the_learning_rate_warms_up_and_settings_reach_the_optimiser(tmp_path: Path) -> None:
     optim = config(tmp_path, optim__lr=2e-3, optim__warmup_steps=4, optim__weight_decay=0.5).optim
     assert [learning_rate(optim, number) for number in (1, 2, 4, 5)] == [5e-4, 1e-3, 2e-3, 2e-3]
-    optimizer = make_optimizer(nn.Linear(2, 2), optim)
-    apply_settings(optimizer, optim, 2)
+    layer, ema = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+    optimizer = make_optimizer(layer, ema, optim)
+    layer(torch.ones(1, 2)).sum().backward()
+    take_step(optimizer, optim, rates_at(optim, 2))
     assert optimizer.param_groups[0]["lr"] == 1e-3
-    assert optimizer.param_groups[0]["fused"] is True
+    assert optimizer.param_groups[0]["ema_decay"] == 3 / 12
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert layer.weight.grad is None
 
 
 def test_clipping_begins_where_it_is_told(tmp_path: Path) -> None:
     optim = config(tmp_path, optim__max_grad_norm=1.0, optim__clip_from_step=5).optim
-    layer = nn.Linear(1, 1, bias=False)
     for number, clipped in ((4, 3.0), (5, 1.0)):
+        layer, ema = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False).requires_grad_(False)
         layer.weight.grad = torch.full((1, 1), 3.0)
-        assert clip_gradients(layer, optim, number).item() == 3.0
-        assert layer.weight.grad.item() == pytest.approx(clipped, rel=1e-5)
+        optimizer = make_optimizer(layer, ema, optim)
+        assert take_step(optimizer, optim, rates_at(optim, number)).item() == 3.0
+        mean = optimizer.state[layer.weight]["exp_avg"].item()
+        assert mean == pytest.approx(0.1 * clipped, rel=1e-5)
 
 
 def test_a_run_learns_and_leaves_what_its_page_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
