@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
+from vidkern import ops
 from vidkern.nn.attention import (
     Rope,
     SpaceThenTimeAttention,
@@ -26,17 +27,16 @@ ATTENTIONS: Mapping[str, type[nn.Module]] = MappingProxyType(
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (tanh form), Linear."""
+    """Linear, GELU (tanh form), Linear: :func:`vidkern.ops.gelu_mlp`."""
 
     def __init__(self, hidden_size: int, mlp_size: int) -> None:
         super().__init__()
         self.fc1 = xavier_linear(hidden_size, mlp_size)
-        self.act = nn.GELU(approximate="tanh")
         self.fc2 = xavier_linear(mlp_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.fc2(self.act(self.fc1(x)))
+        return ops.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class DividedSpaceTimeBlock(nn.Module):
@@ -72,7 +72,8 @@ class DividedSpaceTimeBlock(nn.Module):
 
         Args:
             x: (B, F, N, D) residual stream.
-            c: (B, F, D) condition of each frame, or (B, 1, D) of the clip.
+            c: (B, F, D), SiLU of each frame's condition, or (B, 1, D) of the clip's; or the vectors that
+                ``adaLN_modulation.vectors`` makes of it, (B, F or 1, 6D).
             branch: what the block before returned; None at the start of a stack.
             rope: (cos, sin), each (F, d) float32, for attention over frames.
         """
