@@ -22,7 +22,7 @@ def measure_ceilings(device: torch.device) -> dict[str, Any]:
     copied_bytes = 2**31 if on_gpu else 2**28
     size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
     clock = event_clock() if on_gpu else host_clock(device)
-    product = _product_seconds(size, dtype, device, clock)
+    product = product_seconds(size, dtype, device, clock)
     copy = _copy_seconds(copied_bytes, device, clock)
     return {
         "copy_gigabytes_per_second": 2 * copied_bytes / copy / 1e9,
@@ -33,7 +33,8 @@ def measure_ceilings(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _product_seconds(size: int, dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
+def product_seconds(size: int, dtype: torch.dtype, device: torch.device, clock: Clock) -> float:
+    """Return the median time of a square product, once the clocks have settled."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     start = time.monotonic()

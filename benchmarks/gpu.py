@@ -28,6 +28,8 @@ TOTAL_SECONDS = 520
 SANITIZER_SECONDS = 75
 GRACE_SECONDS = 8
 TAIL_LINES = 20
+#: The suite of whole steps takes what time the operators' suites leave; its tests are the baselines'.
+WHOLE, MODELS_TESTS = "models", "tests/benchmarks/test_baselines.py"
 PREBUILT = ROOT / "vidkern" / "_C_cuda.so"
 
 
@@ -47,8 +49,8 @@ def parts_of(suites: Sequence[str], results: Path) -> list[Part]:
     python = sys.executable
     every = set(suites) == set(SUITES)
     of_suites = [str(p) for s in suites for p in sorted(ROOT.glob(f"tests/ops/test_{s}*.py"))]
-    tests = ["tests/ops", "tests/diffusion/test_graphs.py"] if every else of_suites
-    timed = [f"benchmarks/test_{suite}.py" for suite in suites]
+    tests = ["tests/ops", "tests/diffusion/test_graphs.py"] if every else of_suites or [MODELS_TESTS]
+    timed = [f"benchmarks/test_{suite}.py" for suite in sorted(suites, key=lambda suite: (suite == WHOLE, suite))]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     build = [] if PREBUILT.exists() else [Part("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 150)]
     return [

@@ -51,6 +51,7 @@ class Problem:
     backends: tuple[str, ...] = ()  # that serve it, in place of all that can
     definition: Function | None = None  # what ours is checked against where plain draws noise of its own
     gradients: int | None = None  # the backward pass goes to so many of the inputs, in place of all
+    in_place: bool = False  # it changes its inputs and returns them: each check has copies of its own
     tolerance: float | None = None  # of a whole model, relative to each of plain's outputs, in place of the contract
 
     def __str__(self) -> str:
@@ -192,7 +193,7 @@ def check(problem: Problem, variants: Mapping[str, Variant], buffers: Buffers) -
     for name, variant in variants.items():
         try:
             with vidkern.backend(variant.backend):
-                values = evaluate(variant.function, buffers)
+                values = evaluate(variant.function, _own(problem, buffers))
         except Exception as error:  # a baseline's compiler may fail in any way, and the others still count
             checked[name] = {"correct": False, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
             continue
@@ -205,6 +206,11 @@ def check(problem: Problem, variants: Mapping[str, Variant], buffers: Buffers) -
     return checked
 
 
+def _own(problem: Problem, buffers: Buffers) -> Buffers:
+    """Return the buffers, or copies where a problem writes to them."""
+    return Buffers([tensor.clone() for tensor in buffers.inputs], []) if problem.in_place else buffers
+
+
 def _truth(problem: Problem, buffers: Buffers) -> tuple[list[Tensor], list[float]]:
     """Return the values that variants are held to, and how far from each ours may be."""
     definition = problem.definition or problem.plain
@@ -213,7 +219,7 @@ def _truth(problem: Problem, buffers: Buffers) -> tuple[list[Tensor], list[float
         return exact, [problem.tolerance * float(e.abs().max()) for e in exact]
     exact = [value.detach() for value in evaluate(definition, buffers.to(torch.float64))]
     eps = torch.finfo(problem.dtype).eps
-    plain_errors = _errors(evaluate(definition, buffers), exact)
+    plain_errors = _errors(evaluate(definition, _own(problem, buffers)), exact)
     return exact, [1.25 * error + eps * float(e.abs().max()) for error, e in zip(plain_errors, exact, strict=True)]
 
 
@@ -260,11 +266,11 @@ def _memory_and_energy(variant: Timed, device: torch.device) -> dict[str, Any]:
     with vidkern.backend(variant.backend):
         measured: dict[str, Any] = {"peak_bytes": peak_bytes(variant.calls[0], device)}
         if device.type == "cuda":
-            measured["joules"] = _energy(variant.calls, device)
+            measured["joules"] = energy(variant.calls, device)
         return measured
 
 
-def _energy(calls: Sequence[Call], device: torch.device) -> float | None:
+def energy(calls: Sequence[Call], device: torch.device) -> float | None:
     """Return the joules of one call, over enough of them for the GPU's counter to move often."""
     before = joules_used(device)
     done, start = 0, time.monotonic()

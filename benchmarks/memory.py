@@ -1,5 +1,7 @@
 """The most memory that a call holds at once, beyond what was held before it."""
 
+from typing import Any
+
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -20,10 +22,15 @@ def _cuda_peak(call: Call, device: torch.device) -> int:
 
 
 def _cpu_peak(call: Call) -> int:
-    """Add up what the profiler notes: the CPU's allocator keeps no statistics."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
-    events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
+    return noted_peak(profiled)
+
+
+def noted_peak(profiled: profile) -> int:
+    """Add up what a profiler with ``profile_memory`` noted: the CPU's allocator keeps no statistics."""
+    recorded: Any = profiled.profiler
+    events = (event for event in recorded.kineto_results.events() if event.name() == "[memory]")
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import markdown
 from benchmarks.results import RESULTS, Run, figures, read_runs
+from benchmarks.steps.tables import STEPS, step_report, step_summary
 from vidkern import _library
 
 NAMES = ["operator", "shape", "dtype", "pass", "by"]
@@ -19,8 +21,12 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
 def run_report(run: Run) -> str:
-    """Return one run's conditions and its table."""
-    return "\n".join([conditions(run), "", *result_table(run)])
+    """Return one run's conditions, the table of its operators, and the tables of its whole steps."""
+    operators = dataclasses.replace(run, results=[r for r in run.results if r["family"] != STEPS])
+    sections = [conditions(run)]
+    if operators.results:
+        sections.append("\n".join(result_table(operators)))
+    return "\n\n".join([*sections, *step_report(run)])
 
 
 def conditions(run: Run) -> str:
@@ -86,16 +92,6 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} us"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table padded so that it reads well as plain text too."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-    return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
-
-
 def never_on_gpu(runs: Iterable[Run]) -> list[tuple[str, str]]:
     """Return (operator, backend) for every GPU kernel that no run has shown to be right on a GPU."""
     shown = {
@@ -153,7 +149,8 @@ def summary(runs: Sequence[Run]) -> str:
         [*key, str(len(found)), *(_spread(found, f"times_{name}") for name in BASELINES)]
         for key, found in groups.items()
     ]
-    return "\n".join(markdown(["device", "operator", "pass", "cases", *BASELINES], rows))
+    told = ["\n".join(markdown(["device", "operator", "pass", "cases", *BASELINES], rows))] if rows else []
+    return "\n\n".join([*told, *step_summary(newest(runs))])
 
 
 def _spread(found: Sequence[dict[str, float]], name: str) -> str:

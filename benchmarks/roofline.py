@@ -1,4 +1,4 @@
-"""Predicts how long an operator takes on GPUs that are not here, from the bytes it moves and the FLOPs it does.
+"""Predicts how long an operator or a whole step takes on GPUs that are not here, from its bytes and its FLOPs.
 
 time = max(bytes / (bandwidth * efficiency), flops / rate) + launches * overhead, with the operator's efficiency as the
 newest GPU run under results/ shows it, or before there is one the target that it is held to.
@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import markdown, put_into
+from benchmarks.markdown import markdown
+from benchmarks.report import newest, put_into
 from benchmarks.results import RESULTS, Run, read_runs
 from benchmarks.shapes import Tokens, video_tokens
+from benchmarks.steps import forecast
+from benchmarks.steps.prediction import Machine
 
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 BYTES = 2  # of an element: the tables are for bfloat16
@@ -165,6 +168,53 @@ def _efficiency(operator: Operator, result: dict[str, Any], ceilings: dict[str, 
     return sum(cost.seconds(device, 1.0) for cost in costs) / result["variants"][result["ours"]]["seconds"]
 
 
+# --- whole steps ---
+
+
+def machines() -> list[Machine]:
+    """Return the GPUs as whole steps are predicted for: what a copy reaches times the target, and TF32 at half rate."""
+    return [
+        Machine(
+            d.name,
+            d.bytes_per_second * d.targets["modulation"],
+            d.flops_per_second,
+            d.flops_per_second / 2,
+            LAUNCH_SECONDS,
+        )
+        for d in DEVICES
+    ]
+
+
+def step_report(runs: Sequence[Run]) -> str:
+    """Return the predictions of whole steps, what they rest on, and how they did on this machine's CPU."""
+    gpus = machines()
+    shares = [gpu.bytes / device.bytes_per_second for gpu, device in zip(gpus, DEVICES, strict=True)]
+    sections = [
+        "Predicted, not measured: milliseconds, in brackets how many times those of ours, and the share of the time in"
+        " operators that memory bounds. Every operator that the step dispatches moves its arguments and its results"
+        f" once, at {min(shares):.0%} to {max(shares):.0%} of what a copy reaches, or does its products, and takes"
+        f" {LAUNCH_SECONDS * 1e6:.0f} us to launch.",
+        "\n".join(forecast.step_table(gpus)),
+        *("\n".join(forecast.parts_table(gpu)) for gpu in gpus),
+        "Latte-XL/2 where nothing else is said, batch 4 for the sizes and 1 for frames and tokens; in brackets the time"
+        " of SDPA in bfloat16 over ours:",
+        "\n".join(forecast.curve_table(gpus)),
+    ]
+    tested = forecast.against_measurement(newest(runs))
+    if tested:
+        sections += ["The same model with this machine's own ceilings, beside what was measured:", "\n".join(tested)]
+    return "\n\n".join(sections)
+
+
+def draw_steps(folder: Path, runs: Sequence[Run]) -> None:
+    """Draw the pictures of whole steps into a folder."""
+    gpus = machines()
+    forecast.draw_roofline(folder / "roofline.png", gpus)
+    forecast.draw_parts(folder / "step_parts_predicted.png", gpus)
+    forecast.draw_curves(folder / "step_scaling_predicted.png", gpus)
+    forecast.draw_measured_parts(folder / "step_parts_measured.png", list(newest(runs)))
+
+
 # --- tables ---
 
 
@@ -209,8 +259,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--into", type=Path, metavar="PAGE", help=f"write the family of the page's folder between {BEGIN} and {END}"
     )
+    parser.add_argument("--steps", action="store_true", help="predict whole steps, in place of operators")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="with --steps: draw them into this folder too")
     options = parser.parse_args(arguments)
     runs = read_runs(options.results)
+    if options.steps:
+        told = step_report(runs)
+        if options.into is None:
+            print(told)
+        else:
+            put_into(options.into, told, BEGIN, END)
+        if options.pictures is not None:
+            draw_steps(options.pictures, runs)
+        return 0
     if options.into is None:
         print("\n\n".join(table(family, runs) for family in FAMILIES))
         return 0

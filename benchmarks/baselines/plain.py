@@ -1,7 +1,7 @@
 """Latte and FVDM as their public code computes them, in plain PyTorch: rearranges, unfused norm and modulation.
 
-Nothing here is the library's but the configuration. The networks share parameter names with :class:`models.latte.Latte`,
-so that one state_dict serves both; their weights are meant to be loaded.
+Nothing here is the library's but the configuration. The networks share parameter names with
+:class:`models.latte.Latte`, so that one state_dict serves both; their weights are meant to be loaded.
 """
 
 import math

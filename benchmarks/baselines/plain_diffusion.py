@@ -4,6 +4,7 @@ The arithmetic is that of ADM's Gaussian diffusion (Dhariwal & Nichol 2021), whi
 with. Its tables lie on the schedule's device, or as in the public code on the host, which copies them at every use.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vidkern.diffusion import Schedule
+from vidkern.diffusion.schedules import respace
 
 Model = Callable[..., Tensor]
 
@@ -69,6 +71,20 @@ class PlainDiffusion:
         mean = x0 * torch.sqrt(abar_prev) + torch.sqrt(1 - abar_prev - std**2) * epsilon
         nonzero = _beside_a_clip(t_prev >= 0).float()
         return mean + nonzero * std * torch.randn_like(x)
+
+    @torch.no_grad()
+    def sample(
+        self, model: Model, x: Tensor, steps: int, y: Tensor, y_null: int, scale: float, per_frame: bool
+    ) -> Tensor:
+        """Draw clips from noise x (B, F, C, H, W) by so many DDIM steps under guidance, the clip or each frame at t."""
+        taus = [*reversed(respace(len(self.tables["abar"]), steps).tolist()), -1]
+        both = torch.cat([y, torch.full_like(y, y_null)])
+        x = torch.cat([x, x])
+        shape = x.shape[: 2 if per_frame else 1]
+        for now, then in itertools.pairwise(taus):
+            t, t_prev = (torch.full(shape, tau, device=x.device) for tau in (now, then))
+            x = self.guided_ddim_step(model, x, t, t_prev, both, scale)
+        return x.chunk(2)[0]
 
     def _denoised(self, epsilon: Tensor, fraction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x_0, and the mean and log variance of p(x_{t-1} | x_t)."""

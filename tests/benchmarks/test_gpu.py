@@ -102,6 +102,14 @@ def test_a_prebuilt_library_is_not_built_again(tmp_path, monkeypatch):
     assert [part.name for part in parts_of(SUITES, tmp_path / "run.json")] == names[1:]
 
 
+def test_whole_steps_come_last_and_bring_their_baselines(tmp_path):
+    parts = {part.name: part for part in parts_of(SUITES, tmp_path / "run.json")}
+    assert parts["benchmarks"].command[-1] == "benchmarks/test_models.py"
+    alone = {part.name: part for part in parts_of(["models"], tmp_path / "run.json")}
+    assert alone["tests"].command[-1] == "tests/benchmarks/test_baselines.py"
+    assert alone["benchmarks"].command[-1] == "benchmarks/test_models.py"
+
+
 def test_a_suite_narrows_every_part(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/cuda/bin/compute-sanitizer")
     parts = {part.name: part for part in parts_of(["modulation"], tmp_path / "run.json")}
