@@ -1,7 +1,8 @@
 """The data of a run: the dataset that a configuration names, and its batches on the device from any step on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
@@ -109,8 +110,8 @@ class Batches:
             num_workers=self.config.data.workers,
             pin_memory=device.type == "cuda",
         )
-        for batch in loader:
-            yield self._inputs({name: value.to(device, non_blocking=True) for name, value in batch.items()})
+        for batch in on_device(loader, device):
+            yield self._inputs(batch)
 
     def first(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """x0 and conditions of the first `count` clips of the data, for looking at."""
@@ -153,6 +154,25 @@ class Batches:
         if network.num_classes is not None and len(classes) > network.num_classes:
             raise UsageError(f"--model.num_classes {network.num_classes}, but the data has {len(classes)} classes")
         check_network(self.config, x0, conditions)
+
+
+def on_device(batches: Iterable[Sample], device: torch.device) -> Iterator[Sample]:
+    """The batches on the device. On a GPU the next one is copied there, by a stream of its own, while a step runs."""
+    if device.type != "cuda":
+        yield from batches  # the loader's are there
+        return
+    stream, copied = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            following = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        if copied is not None:
+            yield copied
+        torch.cuda.current_stream(device).wait_stream(stream)
+        for value in following.values():
+            value.record_stream(torch.cuda.current_stream(device))
+        copied = following
+    if copied is not None:
+        yield copied
 
 
 #: Conditions that a training step makes of the clips themselves.

@@ -1,7 +1,9 @@
 """The training step and what a run writes: values, not only files."""
 
+import contextlib
 import errno
 import functools
+import itertools
 import json
 import math
 import os
@@ -22,7 +24,7 @@ from models.data.latents import INDEX, Entry, Index
 from models.data.write import write_mp4
 from models.latte import Latte
 from models.training import checkpointing, draws, step
-from models.training.data import Batches
+from models.training.data import Batches, on_device
 from models.training.distributed import World
 from models.training.ema import decay_at
 from models.training.export import read_config
@@ -171,6 +173,40 @@ def test_a_step_never_waits_for_the_device(timesteps: str, tmp_path: Path) -> No
     with NoSynchronisation():
         values = step.train_step(run, *batch)
     assert torch.isfinite(values).all()
+
+
+def test_the_next_batch_is_on_its_way_while_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, whose streams are written down here: batch i + 1 is copied before step i, and waited for after it."""
+    done: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            done.append("wait")
+
+    class Value:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def to(self, device: torch.device, non_blocking: bool) -> "Value":
+            assert non_blocking
+            done.append(f"copy {self.number}")
+            return self
+
+        def record_stream(self, stream: Stream) -> None:
+            done.append(f"keep {self.number}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    loader: Any = ({"video": Value(i)} for i in range(3))
+    for batch in on_device(loader, torch.device("cuda")):
+        done.append(f"step {batch['video'].number}")  # type: ignore[attr-defined]
+    arrives = [
+        ["copy 0", "wait", "keep 0"],
+        ["copy 1", "step 0", "wait", "keep 1"],
+        ["copy 2", "step 1", "wait", "keep 2"],
+    ]
+    assert done == [*itertools.chain(*arrives), "step 2"]
 
 
 def test_ema_follows_its_equation(tmp_path: Path) -> None:
