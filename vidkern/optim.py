@@ -75,44 +75,33 @@ class AdamWEMA(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for averaged in (False, True):
-                self._step_group(group, averaged, gradient_scale)
+            self._step_group(group, gradient_scale)
         return loss
 
-    def _step_group(self, group: dict[str, Any], averaged: bool, gradient_scale: Tensor | None) -> None:
-        """Step the parameters of a group that have an average, or those that have none, one call for each dtype."""
-        kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-        resting = []
+    def _step_group(self, group: dict[str, Any], gradient_scale: Tensor | None) -> None:
+        """Step the parameters of a group, one call for each dtype and for those with and without an average."""
+        calls: dict[Any, tuple[list[Tensor], ...]] = {}
         for p in group["params"]:
-            if (p in self._averages) is not averaged:
+            average = self._averages.get(p)
+            if average is not None:
+                average = _local(average)
+            if p.grad is None:
+                if average is not None:
+                    average.add_((_local(p) - average) * (1 - group["ema_decay"]))
                 continue
-            if p.grad is not None:
-                kinds.setdefault((p.device, p.dtype), []).append((p, p.grad))
-            elif averaged:
-                resting.append(p)
-        for pairs in kinds.values():
-            params, grads = zip(*pairs, strict=True)
-            states = [self._state_of(p) for p in params]
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1)
-            local = [_local(p) for p in params]
-            adamw_ema_(
-                local,
-                [_laid_out_like(p, _local(grad)) for p, grad in zip(local, grads, strict=True)],
-                [_local(state["exp_avg"]) for state in states],
-                [_local(state["exp_avg_sq"]) for state in states],
-                steps,
-                [_local(self._averages[p]) for p in params] if averaged else None,
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                ema_decay=group["ema_decay"],
-                grad_scale=gradient_scale,
-            )
-        for p in resting:
-            average = _local(self._averages[p])
-            average.add_((_local(p) - average) * (1 - group["ema_decay"]))
+            state, local = self._state_of(p), _local(p)
+            lists = calls.setdefault((p.device, p.dtype, average is None), ([], [], [], [], [], []))
+            lists[0].append(local)
+            lists[1].append(_laid_out_like(local, _local(p.grad)))
+            lists[2].append(_local(state["exp_avg"]))
+            lists[3].append(_local(state["exp_avg_sq"]))
+            lists[4].append(state["step"])
+            if average is not None:
+                lists[5].append(average)
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "ema_decay")}
+        for lists in calls.values():
+            torch._foreach_add_(lists[4], 1)
+            adamw_ema_(*lists, **settings, grad_scale=gradient_scale)
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:
         """The parameter's moments and count of steps, which lie where it lies."""

@@ -62,12 +62,7 @@ def adamw_ema_(
     if not params:
         return
     first = params[0]
-    _check.is_tensor("params[0]", first)
-    _check.has_dtype("params[0]", first, _check.FLOATS)
-    _check_lists(params, {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}, first)
-    if averages:
-        _check_averages(params, averages, first)
-    _check_steps(steps, len(params), first)
+    _check_tensors(params, grads, exp_avgs, exp_avg_sqs, averages or [], steps)
     _check_ranges(betas, eps, weight_decay)
     rate, decay = _number("lr", lr, first), _number("ema_decay", ema_decay, first)
     if grad_scale is not None:
@@ -79,54 +74,60 @@ def adamw_ema_(
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *(averages or [])])
 
 
-def _check_lists(params: Sequence[Tensor], lists: dict[str, Sequence[Tensor]], first: Tensor) -> None:
-    """Require tensors like the parameters, these dense; one pass where all is well."""
-    for name, tensors in lists.items():
-        _same_length(name, tensors, params)
-        for i, (tensor, p) in enumerate(zip(tensors, params, strict=True)):
-            if (
-                isinstance(tensor, Tensor)
-                and tensor.shape == p.shape
-                and tensor.stride() == p.stride()
-                and tensor.dtype == first.dtype
-                and tensor.device == first.device
-                and (tensor is not p or _is_dense(p))
-            ):
-                continue
-            _refuse(f"{name}[{i}]", tensor, f"params[{i}]", p, (first.dtype,), first)
+def _check_tensors(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    steps: Sequence[Tensor],
+) -> None:
+    """Require dense parameters of one dtype and device, lists of tensors like them, and steps."""
+    for i, p in enumerate(params):
+        _check.is_tensor(f"params[{i}]", p)
+    first = params[0]
+    _check.has_dtype("params[0]", first, _check.FLOATS)
+    places = [(p.shape, p.stride()) for p in params]
+    for name, tensors in {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}.items():
+        _check_list(name, tensors, places, first, first.dtype)
+    for i, p in enumerate(params):
+        if not (p.is_contiguous() or _is_dense(p)):
+            raise ValueError(
+                f"params[{i}] must be dense in memory, got shape {tuple(p.shape)} with strides {tuple(p.stride())}"
+            )
+    if averages:
+        _check.is_tensor("averages[0]", averages[0])
+        _check.has_dtype("averages[0]", averages[0], (first.dtype, torch.promote_types(first.dtype, torch.float32)))
+        _check_list("averages", averages, places, first, averages[0].dtype)
+    _check_list("steps", steps, [((), ())] * len(params), first, torch.float32)
 
 
-def _check_averages(params: Sequence[Tensor], averages: Sequence[Tensor], first: Tensor) -> None:
-    _same_length("averages", averages, params)
-    _check.is_tensor("averages[0]", averages[0])
-    _check.has_dtype("averages[0]", averages[0], (first.dtype, torch.promote_types(first.dtype, torch.float32)))
-    dtype = averages[0].dtype
-    for i, (tensor, p) in enumerate(zip(averages, params, strict=True)):
-        if not (
-            isinstance(tensor, Tensor)
-            and tensor.shape == p.shape
-            and tensor.stride() == p.stride()
-            and tensor.dtype == dtype
-            and tensor.device == first.device
-        ):
-            _refuse(f"averages[{i}]", tensor, f"params[{i}]", p, (dtype,), first)
-
-
-def _refuse(name: str, tensor: Any, of: str, p: Tensor, dtypes: Sequence[torch.dtype], first: Tensor) -> None:
-    """Raise for what is wrong with a tensor that must be like a parameter, or nothing where all is well."""
-    _check.is_tensor(name, tensor)
-    _check.has_shape(name, tensor, p.shape, f"the shape of {of}")
-    _check.has_dtype(name, tensor, dtypes)
-    _check.same_device(name, tensor, "params[0]", first)
-    if tensor.stride() != p.stride():
-        raise ValueError(f"{name} must have the strides of {of} = {tuple(p.stride())}, got {tuple(tensor.stride())}")
-    raise ValueError(f"{name} must be dense in memory, got shape {tuple(p.shape)} with strides {tuple(p.stride())}")
+def _check_list(
+    name: str,
+    tensors: Sequence[Any],
+    places: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    first: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Require a tensor for each shape and strides in ``places``; in bulk, as hundreds are checked at every step."""
+    if len(tensors) != len(places):
+        raise ValueError(f"{name} must have one tensor for each of the {len(places)} params, got {len(tensors)}")
+    device = first.device
+    if all(isinstance(t, Tensor) and t.dtype == dtype and t.device == device for t in tensors) and (
+        [(t.shape, t.stride()) for t in tensors] == places
+    ):
+        return
+    for i, (tensor, (shape, strides)) in enumerate(zip(tensors, places, strict=True)):
+        _check.is_tensor(f"{name}[{i}]", tensor)
+        _check.has_shape(f"{name}[{i}]", tensor, shape, "()" if name == "steps" else f"the shape of params[{i}]")
+        _check.has_dtype(f"{name}[{i}]", tensor, (dtype,))
+        _check.same_device(f"{name}[{i}]", tensor, "params[0]", first)
+        if tensor.stride() != strides:
+            raise ValueError(f"{name}[{i}] must have the strides of params[{i}] = {strides}, got {tensor.stride()}")
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, each once, in any order of the dimensions."""
-    if tensor.is_contiguous():
-        return True
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride != expected:
@@ -135,27 +136,12 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _check_steps(steps: Sequence[Tensor], count: int, first: Tensor) -> None:
-    if len(steps) != count:
-        raise ValueError(f"steps must have one tensor for each of the {count} params, got {len(steps)}")
-    for i, step in enumerate(steps):
-        _check.is_tensor(f"steps[{i}]", step)
-        _check.has_shape(f"steps[{i}]", step, (), "()")
-        _check.has_dtype(f"steps[{i}]", step, (torch.float32,))
-        _check.same_device(f"steps[{i}]", step, "params[0]", first)
-
-
 def _check_ranges(betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers from 0 to below 1, got {betas}")
     for name, value in (("eps", eps), ("weight_decay", weight_decay)):
         if not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
-
-
-def _same_length(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    if len(tensors) != len(params):
-        raise ValueError(f"{name} must have one tensor for each of the {len(params)} params, got {len(tensors)}")
 
 
 def _number(name: str, value: float | Tensor, first: Tensor) -> Tensor:
