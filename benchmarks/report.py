@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.markdown import markdown
 from benchmarks.results import RESULTS, Run, figures, read_runs
-from benchmarks.steps.tables import STEPS, step_report, step_summary
+from benchmarks.steps.tables import STEPS, on_gpu, step_report, step_summary
 from vidkern import _library
 
 NAMES = ["operator", "shape", "dtype", "pass", "by"]
@@ -131,6 +131,8 @@ def full_report(runs: Sequence[Run]) -> str:
     """Return the newest results of every device, and the kernels that wait for a GPU."""
     sections = [run_report(run) for run in newest(runs)]
     waiting = [[operator, backend, "not yet run on a GPU"] for operator, backend in never_on_gpu(runs)]
+    if not on_gpu(runs):
+        waiting.append(["whole steps", "all", "not yet run on a GPU"])
     if waiting:
         sections.append("\n".join(markdown(["operator", "kernels", "state"], waiting)))
     return "\n\n".join(sections)

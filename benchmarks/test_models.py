@@ -9,8 +9,8 @@ from benchmarks.environment import default_device
 from benchmarks.harness import Problem
 from benchmarks.results import Run
 from benchmarks.sample_clock import replay, sample_clock
-from benchmarks.steps.measure import SAMPLING, TRAINING, measure
-from benchmarks.steps.variants import Setting
+from benchmarks.steps.measure import measure
+from benchmarks.steps.variants import SAMPLING, TRAINING, Setting
 
 pytestmark = pytest.mark.benchmark(group="models", timer=sample_clock)
 

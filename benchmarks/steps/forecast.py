@@ -10,11 +10,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.markdown import markdown
 from benchmarks.results import Run
-from benchmarks.steps.measure import DDIM_STEPS, SAMPLING, TRAINING
 from benchmarks.steps.parts import PARTS
 from benchmarks.steps.prediction import Machine, counted, memory_share, predict
 from benchmarks.steps.tables import STEPS
-from benchmarks.steps.variants import Setting, Way
+from benchmarks.steps.variants import DDIM_STEPS, SAMPLING, TRAINING, Setting, Way
 from models.latte import SIZES
 
 PUBLIC = Way(False, torch.float32, "softmax")

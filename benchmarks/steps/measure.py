@@ -10,29 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ceilings import product_seconds
 from benchmarks.environment import gpu_state
 from benchmarks.harness import energy
 from benchmarks.launches import Counter
 from benchmarks.memory import noted_peak, peak_bytes
+from benchmarks.steps.flops import flops_of
 from benchmarks.steps.parts import parts_of, split
-from benchmarks.steps.variants import Setting, Variant, Variants, Way, ways
+from benchmarks.steps.prediction import counted
+from benchmarks.steps.variants import DDIM_STEPS, SAMPLING, TRAINING, Setting, Variant, Variants, Way, ways
 from benchmarks.timers import Timed, event_clock, host_clock, interleaved
-from models.latte import Latte
 
-TRAINING, SAMPLING = "training step", "DDIM sampling"
-#: Steps of the DDIM run that is reported, and how many of them are taken where a whole run would take minutes.
-DDIM_STEPS, FEW_STEPS = 50, 2
+#: Steps of the DDIM run that are taken where a whole one would take minutes.
+FEW_STEPS = 2
 #: Rounds of each task, on a GPU and on a CPU.
 ROUNDS = {"cuda": {TRAINING: 10, SAMPLING: 3}, "cpu": {TRAINING: 5, SAMPLING: 3}}
 #: Largest relative error (2-norm over all of an output, or over all gradients) of a variant that is right. Two of a
 #: bfloat16 network's layers round at every step of a chain of dozens; what each variant reaches is in the result.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 TF32_TOLERANCE = 1e-2
-#: A narrow network of few tokens with as many launches: the emulator counts ours without a GPU.
-COUNTED = (("patch_size", 8), ("hidden_size", 64), ("num_heads", 1))
 
 
 def measure(setting: Setting, task: str, device: torch.device) -> tuple[dict[str, Any], dict[str, list[float]]]:
@@ -59,7 +56,7 @@ def measure(setting: Setting, task: str, device: torch.device) -> tuple[dict[str
     for name, variant in variants.items():
         admit(name, variant, calls[name])
     for way in [_compiled(results, variants, ours) for ours in (False, True)]:
-        if way is not None:
+        if way is not None and (device.type == "cuda" or task == TRAINING):  # minutes of compiling on a CPU
             variants[way.name] = made.make(way)
             calls[way.name] = call_of(variants[way.name], setting, task, steps, device)
             admit(way.name, variants[way.name], calls[way.name])
@@ -74,9 +71,9 @@ def measure(setting: Setting, task: str, device: torch.device) -> tuple[dict[str
         if device.type == "cuda":
             joules = energy([calls[name]], device)
             results[name]["joules"] = None if joules is None else joules * scale
-    for name, count in launches(setting, task, device).items():
-        if name in results:
-            results[name]["launches"] = count
+    admitted = {name: variant for name, variant in variants.items() if name in timed}
+    for name, count in launches(admitted, setting, task, device).items():
+        results[name]["launches"] = count
     mine = [name for name in results if variants[name].way.ours]
     eager = [name for name in mine if not variants[name].way.compiled]
     return {
@@ -233,49 +230,24 @@ def saved_bytes(variant: Variant, setting: Setting, device: torch.device) -> flo
     return total / setting.config.depth
 
 
-def launches(setting: Setting, task: str, device: torch.device) -> dict[str, int]:
-    """Return each way's launches by its name, in a training step or in a DDIM run of one step.
+def launches(variants: Mapping[str, Variant], setting: Setting, task: str, device: torch.device) -> dict[str, int]:
+    """Return each eager variant's launches in a training step or in a DDIM step, by its name.
 
-    Without a GPU they are counted as benchmarks/launches.py does, of a small network with as many.
+    They are those that the profiler sees on a GPU; without one, the operators that do work as they are dispatched (of
+    which DDIM's are the network's).
     """
-    if device.type == "cpu":
-        setting = dataclasses.replace(setting, batch=1, overrides=(*setting.overrides, *COUNTED))
-    made, found = Variants(setting, device), {}
-    for way in ways(device):
-        call = call_of(made.make(way), setting, task, 1, device)
+    found = {}
+    for name, variant in variants.items():
+        if variant.way.compiled:
+            continue
+        if device.type == "cpu":
+            found[name] = round(sum(times for _, times in counted(setting, variant.way, task)))
+            continue
+        call = call_of(variant, setting, task, 1, device)
         call()
         counter = Counter(device)
         counter.start()
         call()
         counter.stop()
-        found[way.name] = counter.count
+        found[name] = counter.count
     return found
-
-
-def flops_of(setting: Setting, task: str) -> int:
-    """Return the FLOPs of a task's products, with nothing computed twice or for more rows than there are conditions."""
-    mapping = {getattr(torch.ops.vidkern, name): flops for name, flops in ATTENTION_FLOPS.items()}
-    with torch.device("meta"):
-        network = Latte(setting.config).eval()
-    batch = setting.batch if task == TRAINING else 2 * setting.batch
-    x = torch.empty(batch, *setting.shape[1:], device="meta")
-    t = torch.zeros(x.shape[: 1 + setting.per_frame], dtype=torch.int64, device="meta")
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        out = network(x, t, t.flatten()[:batch])
-        if task == TRAINING:
-            out.backward(torch.empty_like(out))
-    return counter.get_total_flops() * (1 if task == TRAINING else DDIM_STEPS)
-
-
-def attention_flops(qkv: tuple[int, ...], keys: int) -> int:
-    """Return those of q k^T and p v, of qkv (B, F, N, 3, H, d) when each query meets so many keys."""
-    return 4 * math.prod(qkv) // 3 * keys
-
-
-#: FLOPs of the library's attention operators, from the shapes of their arguments.
-ATTENTION_FLOPS: dict[str, Callable[..., int]] = {
-    "temporal_attention_packed": lambda qkv, *_, **__: attention_flops(qkv, qkv[1]),
-    "temporal_attention_packed_backward": lambda _, qkv, *__, **___: 2 * attention_flops(qkv, qkv[1]),
-    "attention_packed": lambda qkv, *_, **__: attention_flops(qkv, qkv[2]),
-    "attention_packed_backward": lambda _, qkv, *__, **___: 2 * attention_flops(qkv, qkv[2]),
-}

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.launches import UNINITIALISED
-from benchmarks.steps.measure import ATTENTION_FLOPS, TRAINING
+from benchmarks.steps.flops import ATTENTION_FLOPS
 from benchmarks.steps.parts import DIFFUSION, OTHER, open_part, part_by_name, parts_of
-from benchmarks.steps.variants import Setting, Variant, Variants, Way
+from benchmarks.steps.variants import TRAINING, Setting, Variant, Variants, Way
 
 CPU = torch.device("cpu")
 NO_WORK = UNINITIALISED | {"_unsafe_view", "lift_fresh", "detach"}

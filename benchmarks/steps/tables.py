@@ -10,6 +10,11 @@ from benchmarks.steps.parts import PARTS
 #: The family of these results.
 STEPS = "models"
 MIB = 2**20
+BASIS = (
+    "Whole steps: clips a second of ours, uncompiled; how many times as long plain PyTorch takes, in the faster"
+    " precision of each kind; and how many times as much memory its fastest variant holds at the peak of a step."
+)
+NO_GPU = "Whole steps have not yet been run on a GPU: `make gpu SUITE=models` does that."
 
 
 def step_report(run: Run) -> list[str]:
@@ -22,32 +27,36 @@ def step_report(run: Run) -> list[str]:
 
 
 def step_summary(runs: Iterable[Run]) -> list[str]:
-    """Return a table with a row for each setting: ours, and how many times as long and as much the others take."""
-    rows = []
+    """Return a row for each setting: ours, and how many times as long and as much memory the others take."""
+    rows, runs = [], list(runs)
     for run in runs:
         for result in run.results:
             if result["family"] != STEPS or "seconds" not in result["variants"][result["ours"]]:
                 continue
             ours = result["variants"][result["ours"]]
-            best = _fastest(result)
-            cells = [_ratio(_of_letter(result, letter), ours, "seconds") for letter in "abc"]
-            memory = [_ratio(variant, ours, "peak_bytes") for variant in (best,)]
             rows.append(
                 [
                     run.environment["device"],
                     f"{result['operator']}, {result['shape_name']}",
                     result["passes"],
-                    result["ours"],
-                    f"{result['shape'][0] / ours['seconds']:.3g}",
-                    *cells,
-                    *memory,
+                    f"{result['shape'][0] / ours['seconds']:.3g}, {ours['dtype']}",
+                    *(_ratio(_of_letter(result, letter), ours, "seconds") for letter in "abc"),
+                    _ratio(_fastest(result), ours, "peak_bytes"),
                 ]
             )
-    header = [
-        *("device", "network", "what", "ours", "clips/s", "a: public code", "b: SDPA, bfloat16 or float32"),
-        *("c: b compiled", "memory of the fastest other"),
-    ]
-    return ["\n".join(markdown(header, rows))] if rows else []
+    header = ["device", "network", "what", "ours: clips/s", "a: public code", "b: SDPA", "c: b compiled", "memory"]
+    told = [BASIS, "\n".join(markdown(header, rows))] if rows else []
+    return told if on_gpu(runs) else [*told, NO_GPU]
+
+
+def on_gpu(runs: Iterable[Run]) -> bool:
+    """Return whether a GPU has run whole steps and ours were right."""
+    return any(
+        result["family"] == STEPS and result["variants"][result["ours"]]["correct"]
+        for run in runs
+        if "capability" in run.environment
+        for result in run.results
+    )
 
 
 def _of_letter(result: dict[str, Any], letter: str) -> dict[str, Any] | None:

@@ -23,6 +23,9 @@ from models.training.step import learn, make_run, train_step
 from vidkern import ops
 from vidkern.diffusion import diffusion_loss, sample
 
+TRAINING, SAMPLING = "training step", "DDIM sampling"
+#: Steps of the DDIM run that is reported.
+DDIM_STEPS = 50
 CLASSES = 101
 SCALE = 4.0  # of guidance
 MAX_GRAD_NORM = 0.1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from benchmarks import roofline
 from benchmarks.report import run_report, summary
 from benchmarks.results import Run
 from benchmarks.steps import measure as measuring
-from benchmarks.steps.measure import SAMPLING, TRAINING, flops_of, measure
+from benchmarks.steps.flops import flops_of
+from benchmarks.steps.measure import measure
 from benchmarks.steps.parts import ATTENTION, COPIES, DIFFUSION, EMA, MLP, MODULATION, OPTIMISER, PARTS, parts_of
 from benchmarks.steps.prediction import Machine, Recorded, Work, counted, memory_share, predict, works_of
-from benchmarks.steps.variants import Setting, Variants, Way, ways
+from benchmarks.steps.variants import DDIM_STEPS, SAMPLING, TRAINING, Setting, Variants, Way, ways
 from tests.benchmarks.problems import CEILINGS, CPU, environment_of
 
 SMALL = (("input_size", 8), ("hidden_size", 64), ("num_heads", 2), ("num_frames", 4), ("depth", 2))
@@ -29,7 +31,6 @@ def setting(request):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(measuring, "ROUNDS", {"cpu": {TRAINING: 2, SAMPLING: 2}})
-    monkeypatch.setattr(measuring, "launches", lambda *_: {"ours float32": 7})
     monkeypatch.setattr(measuring, "_products", lambda _: {"float32": 0.1, "bfloat16": 0.2})
     monkeypatch.setattr(measuring, "_compiled", lambda *_: None)
 
@@ -43,10 +44,11 @@ def test_every_way_is_right_and_timed(setting, task):
     assert all(error > 1e-4 for name, error in errors.items() if "bfloat16" in name), errors
     assert samples.keys() == result["variants"].keys() == {way.name for way in ways(CPU, task == TRAINING)}
     for variant in result["variants"].values():
-        assert variant["peak_bytes"] > 0
+        assert variant["peak_bytes"] > 0 < variant["launches"]
         assert variant["parts"][ATTENTION] > 0 < variant["parts"][MLP]
         assert (variant["parts"][OPTIMISER] > 0) == (task == TRAINING)
         assert sum(variant["parts"].values()) == pytest.approx(variant["watched_seconds"])
+    assert result["variants"]["ours bfloat16"]["launches"] < result["variants"]["SDPA bfloat16"]["launches"]
     told = run_report(Run(None, environment_of(), CEILINGS, [result]))
     assert f"**{setting.name}**, {task}" in told
     assert "| ms of a profiled step" in told
@@ -128,7 +130,7 @@ def test_two_shallow_networks_tell_of_a_deep_one():
 def test_the_prediction_knows_the_work(setting, task):
     ours, plain = Way(True, torch.float32), Way(False, torch.float32, "softmax")
     flops = sum(n * w.flops for w, n in counted(setting, ours, task))
-    steps = 1 if task == TRAINING else measuring.DDIM_STEPS
+    steps = 1 if task == TRAINING else DDIM_STEPS
     assert flops * steps == pytest.approx(flops_of(setting, task), rel=0.02)
     mine, theirs = (predict(setting, way, task, MACHINE) for way in (ours, plain))
     assert sum(mine.values()) < sum(theirs.values())
@@ -155,3 +157,61 @@ def test_the_page_of_predictions_says_that_nothing_is_measured(monkeypatch, tmp_
     sizes = [path.stat().st_size for path in tmp_path.glob("*.png")]
     assert len(sizes) == 4
     assert max(sizes) < 200_000
+
+
+def step_result() -> dict[str, Any]:
+    """A training step of two clips: ours in 1 s, the public code in 3 s, SDPA in 2 s and in bfloat16 in 1.5 s."""
+
+    def variant(letter: str, dtype: str, seconds: float, peak: int) -> dict[str, Any]:
+        return {
+            "letter": letter,
+            "ours": letter in "de",
+            "dtype": dtype,
+            "correct": True,
+            "error": 1e-3,
+            "seconds": seconds,
+            "peak_bytes": peak * 2**20,
+        }
+
+    return {
+        "family": "models",
+        "operator": "Latte-XL/2",
+        "shape_name": "batch 2",
+        "shape": [2, 16, 4, 32, 32],
+        "passes": TRAINING,
+        "traffic_bytes": 0,
+        "flops": 8 * 10**11,
+        "samples": 5,
+        "steps_taken": 1,
+        "product_teraflops": {"float32": 1.0, "bfloat16": 2.0},
+        "ours": "ours bfloat16",
+        "variants": {
+            "public float32": variant("a", "float32", 3.0, 90) | {"parts": dict.fromkeys(PARTS, 0.3)},
+            "SDPA float32": variant("b", "float32", 2.0, 80),
+            "SDPA bfloat16": variant("b", "bfloat16", 1.5, 50),
+            "SDPA bfloat16 compiled": {**variant("c", "bfloat16", 0, 0), "correct": False},
+            "ours bfloat16": variant("d", "bfloat16", 1.0, 25),
+        },
+    }
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_tables_tell_the_faster_precision_and_what_no_gpu_has_run():
+    failed = step_result()
+    del failed["variants"]["SDPA bfloat16 compiled"]["seconds"]
+    on_gpu = Run(None, environment_of(), CEILINGS, [failed])
+    on_cpu = Run(None, environment_of("cpu"), CEILINGS, [failed])
+    del on_cpu.environment["capability"]
+    row = cells(summary([on_gpu]).splitlines()[-1])
+    assert row[1:] == ["Latte-XL/2, batch 2", TRAINING, "2, bfloat16", "3.00x", "1.50x", "", "2.00x"]
+    assert "not yet been run on a GPU" not in summary([on_gpu])
+    assert summary([on_cpu]).endswith("`make gpu SUITE=models` does that.")
+    lines = run_report(on_gpu).splitlines()
+    rows = {cells(line)[1]: cells(line) for line in lines if line.startswith("| ") and len(cells(line)) > 2}
+    assert rows["ours bfloat16"][2:6] == ["1", "2", "40%", "1.00x"]
+    assert rows["public float32"][2:6] == ["3", "0.667", "27%", "3.00x"]
+    assert rows["SDPA bfloat16 compiled"][2] == "wrong result"
+    assert cells(lines[-1])[:2] == ["public float32", "300.0"]
