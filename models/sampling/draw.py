@@ -1,10 +1,12 @@
 """Draws any number of clips in batches; a clip does not depend on how they are split."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from models import image_to_video
@@ -66,7 +68,7 @@ def draw_clips(
     clips = []
     with (
         tqdm(total=len(splits) * num_steps * drawn, unit="step", disable=not progress, dynamic_ncols=True) as bar,
-        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+        _autocast(network, device, precision),
     ):
         for split in splits:
             part = {name: value[split].to(device) for name, value in (conditions or {}).items()}
@@ -94,6 +96,25 @@ def draw_clips(
                 window = sample_long_video(model, size, **settings, chunks=chunks, given=overlap, first=window)
             clips.append(window.cpu())
     return torch.cat(clips)
+
+
+@contextlib.contextmanager
+def _autocast(network: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
+    """Run a network in `precision`, with its weights cast once for all steps.
+
+    Autocast keeps the casts of weights that require a gradient only. Those of weights that do not, as of a network that
+    was loaded to sample, it would make again in every step. FSDP2's weights are left alone: kept casts would be whole.
+    """
+    frozen = [p for p in network.parameters() if not p.requires_grad and p.is_floating_point()]
+    kept = [] if precision == "float32" or isinstance(network, FSDPModule) else frozen
+    try:
+        for parameter in kept:
+            parameter.requires_grad_(True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+    finally:
+        for parameter in kept:
+            parameter.requires_grad_(False)
 
 
 def _model(
