@@ -44,6 +44,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),  # of the minute before: what else ran here
         "cache_bytes": cache_bytes(device),
     }
     record |= {package: _version(package) for package in ("torch", "triton", "flash-attn")}

@@ -32,8 +32,8 @@ def run_report(run: Run) -> str:
 def conditions(run: Run) -> str:
     """Return what a run was measured on, and its ceilings."""
     env, ceilings = run.environment, run.ceilings
-    named = ("torch", "triton", "cuda", "cudnn", "driver", "threads", "sm_mhz", "memory_mhz", "watts")
-    versions = ", ".join(f"{name} {env[name]}" for name in named if env.get(name) is not None)
+    named = ("torch", "triton", "cuda", "cudnn", "driver", "threads", "load_average", "sm_mhz", "memory_mhz", "watts")
+    versions = ", ".join(f"{name.replace('_', ' ')} {env[name]}" for name in named if env.get(name) is not None)
     lines = [f"**{env['device']}**, commit {env['commit']}, {env['date'][:10]}: {versions}."]
     if ceilings:
         lines.append(

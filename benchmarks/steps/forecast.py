@@ -117,7 +117,7 @@ def draw_parts(path: Path, machines: Sequence[Machine]) -> None:
             for way in WAYS
         }
         stacked(axes, bars, 1e3)
-        axes.set(title=f"{machine.name}, predicted", xlabel="ms of an XL/2 training step, batch 4")
+        axes.set(title=f"{machine.name}, predicted", xlabel="ms, XL/2 training step, batch 4")
     _finish(figure, path)
 
 
@@ -177,7 +177,7 @@ def draw_curves(path: Path, machines: Sequence[Machine]) -> None:
                 gains.append(other / ours)
             axes.plot([value for value, _ in settings], gains, marker=".", label=machine.name)
         axes.set(xlabel=along)
-    figure.axes[0].set_ylabel("SDPA bfloat16 over ours, predicted")
+    figure.axes[0].set_ylabel("SDPA over ours, predicted")
     _finish(figure, path)
 
 
