@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from models.latte import Latte, LatteConfig, Prepared
+from models.sampling.draw import draw_clips
 from models.sampling.guidance import guide
+from models.training.distributed import World, distribute
 from tests.models.public_cases import fill
 from vidkern.diffusion import given_frames, interpolation, make_schedule, progressive, sample, standard
 
@@ -18,10 +21,10 @@ LINEAR = make_schedule("linear")
 KEY = torch.tensor([3, 1])
 
 
-def small(**options: Any) -> Latte:
+def small(seed: int = 4, **options: Any) -> Latte:
     sizes = {"input_size": SIZE, "hidden_size": 64, "depth": 2, "num_heads": 2, "num_frames": FRAMES}
     model = Latte(LatteConfig(in_channels=CHANNELS, **{**sizes, **options}))
-    fill(model.named_parameters(), 4)
+    fill(model.named_parameters(), seed)
     return model.eval()
 
 
@@ -134,6 +137,19 @@ def test_a_model_that_prepares_nothing_is_called_as_ever():
     drawn = sample(counted.model, SHAPE, LINEAR, KEY, **options)
     assert counted.embedded == 3
     assert torch.equal(drawn, sample(Counted(network, False).model, SHAPE, LINEAR, KEY, **options))
+
+
+def test_sharded_weights_are_left_to_forward():
+    sizes = {"batch_size": 1, "seed": 0, "num_steps": 2, "precision": "bfloat16"}
+    wanted = draw_clips(small(), LINEAR, 1, **sizes)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        network = small()
+        distribute(network, small(1), "fsdp", World(0, 1, torch.device("cpu")))
+        assert network.prepare(TIMES) is None
+        torch.testing.assert_close(draw_clips(network, LINEAR, 1, **sizes), wanted, rtol=2e-2, atol=2e-2)
+    finally:
+        dist.destroy_process_group()
 
 
 @torch.no_grad()
