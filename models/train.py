@@ -13,8 +13,8 @@
 
 Started again, it goes on from the newest checkpoint, and its losses are those of a run that never stopped: every random
 number, and the place in the data, follows from the seed and the step. A checkpoint that cannot be written (a full disk)
-costs a warning, and training goes on to the next one; the older ones stay. With `--graph` the whole step is captured into a
-CUDA graph at the third step and replayed: the host then launches next to nothing.
+costs a warning, and training goes on to the next one; the older ones stay. With `--graph` the whole step is captured
+into a CUDA graph at the third step and replayed: the host then launches next to nothing.
 """
 
 import contextlib
