@@ -25,14 +25,16 @@ from benchmarks.timers import Timed, event_clock, host_clock, interleaved
 #: Steps of the DDIM run that are taken where a whole one would take minutes.
 FEW_STEPS = 2
 #: Rounds of each task, on a GPU and on a CPU.
-ROUNDS = {"cuda": {TRAINING: 10, SAMPLING: 3}, "cpu": {TRAINING: 5, SAMPLING: 3}}
+ROUNDS = {"cuda": {TRAINING: 10, SAMPLING: 3}, "cpu": {TRAINING: 4, SAMPLING: 3}}
 #: Largest relative error (2-norm over all of an output, or over all gradients) of a variant that is right. Two of a
 #: bfloat16 network's layers round at every step of a chain of dozens; what each variant reaches is in the result.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 TF32_TOLERANCE = 1e-2
 
 
-def measure(setting: Setting, task: str, device: torch.device) -> tuple[dict[str, Any], dict[str, list[float]]]:
+def measure(
+    setting: Setting, task: str, device: torch.device, compiled: bool = True
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Return a setting's result as it goes into the run's JSON, and every sample of every variant.
 
     In a result "seconds" are those of a training step, or of a DDIM run of DDIM_STEPS.
@@ -56,7 +58,7 @@ def measure(setting: Setting, task: str, device: torch.device) -> tuple[dict[str
     for name, variant in variants.items():
         admit(name, variant, calls[name])
     for way in [_compiled(results, variants, ours) for ours in (False, True)]:
-        if way is not None and (device.type == "cuda" or task == TRAINING):  # minutes of compiling on a CPU
+        if way is not None and compiled:
             variants[way.name] = made.make(way)
             calls[way.name] = call_of(variants[way.name], setting, task, steps, device)
             admit(way.name, variants[way.name], calls[way.name])
