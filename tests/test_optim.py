@@ -1,6 +1,7 @@
 """AdamWEMA: torch's AdamW with averages, whose state dict either reads."""
 
 import copy
+import dataclasses
 import io
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vidkern import _library, backend
+from vidkern.ops.optimizer import torch_kernels
 from vidkern.optim import AdamWEMA
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
@@ -43,6 +46,29 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range, **o
 def assert_same(a: nn.Module, b: nn.Module, rtol: float = 0, atol: float = 0) -> None:
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
+
+
+def test_without_the_cuda_library_a_gpu_s_step_is_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not torch_kernels.wanted(torch.device("cpu"))
+    built = _library.operators["adamw_ema_"]
+    monkeypatch.setitem(built.kernels, "cuda", dataclasses.replace(built.kernels["cuda"], unavailable="not built"))
+    assert torch_kernels.wanted(torch.device("cuda"))
+    with backend("reference"):
+        assert not torch_kernels.wanted(torch.device("cuda"))
+    monkeypatch.setitem(built.kernels, "cuda", dataclasses.replace(built.kernels["cuda"], unavailable=None))
+    assert not torch_kernels.wanted(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("decay", [0.8, torch.tensor(0.8, dtype=torch.float64)], ids=["number", "tensor"])
+def test_torch_s_kernels_take_the_same_step(decay: float | Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = network(), network()
+    averages, expected = average_of(ours), average_of(theirs)
+    scale = torch.tensor(0.3)
+    take(ours, AdamWEMA(ours.parameters(), averages, ema_decay=decay, **SETTINGS), range(4), gradient_scale=scale)
+    monkeypatch.setattr(torch_kernels, "wanted", lambda _: True)
+    take(theirs, AdamWEMA(theirs.parameters(), expected, ema_decay=decay, **SETTINGS), range(4), gradient_scale=scale)
+    assert_same(ours, theirs, rtol=1e-4, atol=5e-5)
+    torch.testing.assert_close(averages, expected, rtol=1e-4, atol=5e-5)
 
 
 def test_it_is_torch_s_adamw_and_a_lerp() -> None:

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from vidkern.ops import _check, adamw_ema_
+from vidkern.ops.optimizer import torch_kernels
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -17,7 +18,8 @@ class AdamWEMA(torch.optim.AdamW):
     The state dict is that of ``torch.optim.AdamW(fused=True)``, so either reads the other's; the averages are the
     caller's tensors and are not in it. With FSDP2 each process works on its own shards. Nothing waits for the device,
     and a step can be captured into a CUDA graph, where what changes from step to step (``lr``, ``ema_decay``,
-    ``gradient_scale``) is given as tensors. The arithmetic is :func:`vidkern.ops.adamw_ema_`'s.
+    ``gradient_scale``) is given as tensors. The arithmetic is :func:`vidkern.ops.adamw_ema_`'s; on a GPU
+    for which the compiled library was not built, that of PyTorch's fused AdamW and foreach operators, in two passes.
     """
 
     def __init__(
@@ -101,7 +103,8 @@ class AdamWEMA(torch.optim.AdamW):
         settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "ema_decay")}
         for lists in calls.values():
             torch._foreach_add_(lists[4], 1)
-            adamw_ema_(*lists, **settings, grad_scale=gradient_scale)
+            take = torch_kernels.adamw_ema_ if torch_kernels.wanted(lists[0][0].device) else adamw_ema_
+            take(*lists, **settings, grad_scale=gradient_scale)
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:
         """The parameter's moments and count of steps, which lie where it lies."""
