@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from models.clip_config import ClipConfig
 from models.conditions import check_condition, resolve_dropped
 from vidkern.nn import (
     DividedSpaceTimeBlock,
@@ -34,7 +35,7 @@ TUBELET_FRAMES = 2
 
 
 @dataclass(frozen=True)
-class LatteConfig:
+class LatteConfig(ClipConfig):
     """What a Latte is made of; the defaults are Latte-XL/2 on 16 frames of 32 x 32 latents.
 
     Attributes:
@@ -105,17 +106,7 @@ class LatteConfig:
             ("image_condition", self.image_condition in (None, "concat", "replace"), "None, concat or replace"),
             ("text_dropout", 0 <= self.text_dropout < 1, "in [0, 1)"),
         )
-        for name, holds, wanted in rules:
-            if not holds:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
-
-    @property
-    def frame_size(self) -> tuple[int, int]:
-        """(height, width) of a frame."""
-        if isinstance(self.input_size, int):
-            return self.input_size, self.input_size
-        height, width = self.input_size
-        return height, width
+        self.refuse_unless(rules)
 
     @property
     def patch_frames(self) -> int:
@@ -126,11 +117,6 @@ class LatteConfig:
     def embedded_channels(self) -> int:
         """Channels that the patch embedding takes."""
         return 2 * self.in_channels + 1 if self.image_condition == "concat" else self.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the output."""
-        return 2 * self.in_channels if self.learn_sigma else self.in_channels
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -272,7 +258,7 @@ class Latte(nn.Module):
             given: bool (B, F), true for the given frames; the prediction of these means nothing.
             dropped: bool (B,) for "y" or "text": the samples whose labels, those of the images among them, become the
                 null class, or whose text becomes zeros. None: drawn in training by the configuration's ``dropouts``.
-            prepared: what :meth:`prepare` returned for these samples, instead of y, text and dropped.
+            prepared: what :meth:`prepare_sampling` returned for these samples, instead of y, text and dropped.
 
         Returns:
             (B, F, 2C, H, W) = [epsilon, sigma] along channels with ``learn_sigma``, else (B, F, C, H, W); in the dtype
@@ -302,7 +288,7 @@ class Latte(nn.Module):
         image_label = self.y_embedder(image_labels) if image_labels is not None else None
         return torch.cat([video, self._denoise_images(x[:, frames:], image_time, image_label)], dim=1)
 
-    def prepare(
+    def prepare_sampling(
         self,
         times: Tensor,
         y: Tensor | None = None,
@@ -335,7 +321,7 @@ class Latte(nn.Module):
         times = times.unique()
         label, prompt = self._embed(y, text, dropped)
         conditions = self._conditions(self.t_embedder(times)[None], label, prompt)  # (B or 1, T, D)
-        vectors = [m.vectors(c) for m, c in zip(self._modulations, conditions, strict=True)]
+        vectors = [m.vectors(c, activated=True) for m, c in zip(self._modulations, conditions, strict=True)]
         return Prepared(times, torch.cat(vectors, dim=-1).transpose(0, 1))
 
     def forward_with_cfg(
@@ -386,11 +372,18 @@ class Latte(nn.Module):
                 tokens = tokens + self._time_positions(tokens.shape[1]).to(tokens.dtype)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 tokens, branch = checkpoint(
-                    block, tokens, conditions[i], branch, rope, use_reentrant=False, preserve_rng_state=False
+                    block,
+                    tokens,
+                    conditions[i],
+                    branch,
+                    rope,
+                    activated=True,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
-                tokens, branch = block(tokens, conditions[i], branch, rope)
-        patches = self.final_layer(tokens, conditions[-1], branch)
+                tokens, branch = block(tokens, conditions[i], branch, rope, activated=True)
+        patches = self.final_layer(tokens, conditions[-1], branch, activated=True)
         return unpatchify(patches, grid, self.config.patch_size, self.config.patch_frames)
 
     def _denoise_images(self, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ def guide(
         conditions: by the keyword of the model's forward; (B, ...) each. One without a scale is always kept.
         scales: by the condition's name. 1 is no guidance, 0 ignores the condition.
 
-    Where the model has a method ``prepare``, so has what is returned, see ``vidkern.diffusion.sample``.
+    Where the model has a method ``prepare_sampling``, so has what is returned, see ``vidkern.diffusion.sample``.
 
     Raises:
         ValueError: a scale of a condition that is not there.
@@ -52,7 +52,8 @@ class _Guided:
     """The weighted sum of a model's predictions under several sets of conditions, computed in one batch.
 
     Args:
-        model: called as model(x, t, **conditions), or model(x, t, prepared=...) with what its ``prepare`` returns.
+        model: called as model(x, t, **conditions), or model(x, t, prepared=...) with what its ``prepare_sampling``
+            returns.
         conditions: of the samples of the first prediction, then of the second, and so on.
         weights: of the predictions.
     """
@@ -61,9 +62,9 @@ class _Guided:
         self.model, self.conditions, self.weights = model, conditions, weights
 
     @property
-    def prepare(self) -> Callable[[Tensor], Any]:
+    def prepare_sampling(self) -> Callable[[Tensor], Any]:
         """What a run's timesteps and the conditions become before its first step; missing where the model has none."""
-        return functools.partial(self.model.prepare, **self.conditions)  # type: ignore[attr-defined]
+        return functools.partial(self.model.prepare_sampling, **self.conditions)  # type: ignore[attr-defined]
 
     def __call__(self, x: Tensor, t: Tensor, **prepared: Any) -> Tensor:
         copies = len(self.weights)

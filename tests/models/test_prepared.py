@@ -60,7 +60,7 @@ def test_a_prepared_step_is_the_step(options, conditions, per_frame):
     images = {}
     if "image_condition" in options:
         images = {"known": clip(1), "given": torch.tensor([[True, False, False, True]]).expand(BATCH, FRAMES)}
-    prepared = model.prepare(TIMES, **conditions)
+    prepared = model.prepare_sampling(TIMES, **conditions)
     torch.testing.assert_close(
         model(x, t, prepared=prepared, **images), model(x, t, **conditions, **images), rtol=1e-5, atol=1e-5
     )
@@ -70,7 +70,7 @@ def test_a_prepared_step_is_the_step(options, conditions, per_frame):
 def test_prepared_under_autocast_keeps_its_precision():
     model, x, t = small(num_classes=CLASSES), clip(), some_of(TIMES, BATCH)
     with torch.autocast("cpu", torch.bfloat16):
-        prepared = model.prepare(TIMES, LABELS)
+        prepared = model.prepare_sampling(TIMES, LABELS)
         ours, wanted = model(x, t, prepared=prepared), model(x, t, LABELS)
     assert prepared is not None
     assert prepared.vectors.dtype == torch.bfloat16
@@ -86,7 +86,7 @@ TASKS = {
 
 
 class Counted:
-    """Calls a network, with or without its ``prepare``, and counts how often timesteps are embedded."""
+    """Calls a network, with or without its ``prepare_sampling``, and counts how often timesteps are embedded."""
 
     def __init__(self, network: Latte, prepares: bool) -> None:
         self.embedded = 0
@@ -131,7 +131,7 @@ def test_guidance_by_scales_is_prepared():
 
 def test_a_model_that_prepares_nothing_is_called_as_ever():
     network = small(num_classes=CLASSES, patch_embedding="tubelet")
-    assert network.prepare(TIMES, LABELS) is None
+    assert network.prepare_sampling(TIMES, LABELS) is None
     counted = Counted(network, True)
     options = {"y": LABELS, "num_steps": 3}
     drawn = sample(counted.model, SHAPE, LINEAR, KEY, **options)
@@ -146,7 +146,7 @@ def test_sharded_weights_are_left_to_forward():
     try:
         network = small()
         distribute(network, small(1), "fsdp", World(0, 1, torch.device("cpu")))
-        assert network.prepare(TIMES) is None
+        assert network.prepare_sampling(TIMES) is None
         torch.testing.assert_close(draw_clips(network, LINEAR, 1, **sizes), wanted, rtol=2e-2, atol=2e-2)
     finally:
         dist.destroy_process_group()
@@ -158,7 +158,7 @@ def test_a_prepared_step_compiles_into_one_graph():
     model = small(num_classes=CLASSES)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     for i, times in enumerate((TIMES, TIMES[:3])):
-        prepared, t = model.prepare(times, LABELS), some_of(times, BATCH, FRAMES)
+        prepared, t = model.prepare_sampling(times, LABELS), some_of(times, BATCH, FRAMES)
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
             ours = compiled(clip(i), t, prepared=prepared)
         torch.testing.assert_close(ours, model(clip(i), t, LABELS), rtol=1e-5, atol=1e-5)
@@ -184,7 +184,7 @@ def narrower(prepared: Prepared) -> Prepared:
 )
 def test_what_does_not_go_with_prepared_is_refused(options, change, message):
     model = small(num_classes=CLASSES)
-    prepared = model.prepare(TIMES, LABELS)
+    prepared = model.prepare_sampling(TIMES, LABELS)
     assert prepared is not None
     with pytest.raises(ValueError, match=message):
         model(clip(), some_of(TIMES, BATCH), prepared=change(prepared) if change else prepared, **options)

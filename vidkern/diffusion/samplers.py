@@ -48,9 +48,9 @@ def sample(
 
     Args:
         model: called as model(x, t) or model(x, t, y) with x (B, F, C, H, W) and t int64 (B, F). Where it has a method
-            ``prepare``, prepare(times) or prepare(times, y) is called before the first step with all of the run's
-            timesteps, int64 (T,), and what it returns, if not None, is given to every step instead of y, as
-            model(x, t, prepared=...).
+            ``prepare_sampling``, that is called as prepare_sampling(times) or prepare_sampling(times, y) before the
+            first step with all of the run's timesteps, int64 (T,), and what it returns, if not None, is given to every
+            step instead of y, as model(x, t, prepared=...).
         shape: (B, F, C, H, W), or the starting noise itself, a float32 tensor of that shape.
         schedule: on the device where the clips are drawn.
         key: the noise key, int64 (2,) on that device.
@@ -272,7 +272,7 @@ def _evaluator(
         null = y_null if isinstance(y_null, Tensor) else torch.full_like(y, y_null)
         y = torch.cat([y, null.expand_as(y)])
     condition = () if y is None else (y,)
-    prepare = getattr(model, "prepare", None)
+    prepare = getattr(model, "prepare_sampling", None)
     prepared = None if prepare is None else prepare(times, *condition)
     if prepared is not None:
         condition, model = (), functools.partial(model, prepared=prepared)

@@ -66,18 +66,25 @@ class DividedSpaceTimeBlock(nn.Module):
         self.adaLN_modulation = PerFrameModulation(hidden_size)
 
     def forward(
-        self, x: Tensor, c: Tensor, branch: Branch | None = None, rope: Rope | None = None
+        self,
+        x: Tensor,
+        c: Tensor,
+        branch: Branch | None = None,
+        rope: Rope | None = None,
+        *,
+        activated: bool = False,
     ) -> tuple[Tensor, Branch]:
         """Return (x, branch): the tokens, and the MLP's output with its gate, still to be added to them.
 
         Args:
             x: (B, F, N, D) residual stream.
-            c: (B, F, D), SiLU of each frame's condition, or (B, 1, D) of the clip's; or the vectors that
+            c: (B, F, D) condition of each frame, or (B, 1, D) of the clip; or the vectors that
                 ``adaLN_modulation.vectors`` makes of it, (B, F or 1, 6D).
             branch: what the block before returned; None at the start of a stack.
             rope: (cos, sin), each (F, d) float32, for attention over frames.
+            activated: c has been through adaLN's SiLU, once for all blocks.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c, x.shape[1])
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c, x.shape[1], activated=activated)
         x, h = residual_modulate(x, branch, shift_a, scale_a)
         x, h = residual_modulate(x, (self.attn(h, rope), gate_a), shift_m, scale_m)
         return x, (self.mlp(h), gate_m)
@@ -91,8 +98,8 @@ class FinalLayer(nn.Module):
         self.linear = zero_linear(hidden_size, patch_values)
         self.adaLN_modulation = PerFrameModulation(hidden_size, chunks=2)
 
-    def forward(self, x: Tensor, c: Tensor, branch: Branch | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, branch: Branch | None = None, *, activated: bool = False) -> Tensor:
         """(B, F, N, D) -> (B, F, N, patch_values); arguments as in :class:`DividedSpaceTimeBlock`."""
-        shift, scale = self.adaLN_modulation(c, x.shape[1])
+        shift, scale = self.adaLN_modulation(c, x.shape[1], activated=activated)
         _, h = residual_modulate(x, branch, shift, scale)
         return self.linear(h)

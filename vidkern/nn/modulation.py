@@ -10,31 +10,35 @@ Branch = tuple[Tensor, Tensor]
 
 
 class PerFrameModulation(nn.Sequential):
-    """A Linear from the condition, SiLU already applied, to a block's vectors, once per (batch, frame).
+    """SiLU and a Linear from the condition to a block's vectors, once per (batch, frame).
 
-    The Linear is parameter ``1``, as in DiT, Latte and FVDM, and zero to begin with. Their place 0 is the SiLU, which
-    all blocks would apply to the same condition: the network does so once. A block's chunks are shift, scale, gate of
-    its attention, then shift, scale, gate of its MLP.
+    The Linear is parameter ``1``, as in DiT, Latte and FVDM, and zero to begin with. A block's chunks are shift, scale,
+    gate of its attention, then shift, scale, gate of its MLP. All blocks of a network apply the SiLU to the same
+    condition: a network may do so once, and say that it is ``activated``.
     """
 
     def __init__(self, hidden_size: int, chunks: int = 6) -> None:
-        super().__init__(nn.Identity(), zero_linear(hidden_size, chunks * hidden_size))
+        super().__init__(nn.SiLU(), zero_linear(hidden_size, chunks * hidden_size))
         self.size, self.chunks = chunks * hidden_size, chunks
 
-    def forward(self, c: Tensor, frames: int) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, c: Tensor, frames: int, *, activated: bool = False
+    ) -> tuple[Tensor, ...]:
         """Return ``chunks`` views (B, frames, D) of one tensor.
 
         Args:
             c: (B, frames, D), or (B, 1, D) for a clip with one condition, which is computed once and expanded; or the
                 vectors of such a condition, made before by :meth:`vectors`, of ``size`` instead of D channels.
             frames: F of the tokens to be modulated.
+            activated: c has been through the SiLU.
         """
-        vectors = c if c.shape[-1] == self.size else self.vectors(c)
+        vectors = c if c.shape[-1] == self.size else self.vectors(c, activated=activated)
         return vectors.expand(-1, frames, -1).chunk(self.chunks, dim=-1)
 
-    def vectors(self, c: Tensor) -> Tensor:
+    def vectors(self, c: Tensor, *, activated: bool = False) -> Tensor:
         """Return all chunks side by side: (..., D) -> (..., size)."""
-        return super().forward(c)
+        activation, linear = self
+        return linear(c if activated else activation(c))
 
 
 def residual_modulate(x: Tensor, branch: Branch | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
