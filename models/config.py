@@ -7,6 +7,7 @@ from typing import Literal
 
 from models.command_line import LARGEST_SEED, UsageError, check_range, flatten, parse, read_yaml, to_dict
 from models.latte import LatteConfig
+from models.recompute import Recompute
 from models.s2dm import S2DMConfig
 from models.vdm import VDMConfig
 
@@ -144,6 +145,8 @@ class TrainConfig:
     """Capture the whole step (forward, backward, optimiser, EMA) into a CUDA graph: one process on a GPU."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    recompute: Recompute = "all"
+    """What activation checkpointing recomputes: "all", or "cheap": all but products, convolutions and attention."""
     network: Literal["latte", "s2dm", "vdm", "videofusion"] = "latte"
     """What is trained: Latte or FVDM (sizes: model), S2DM (s2dm), a VDM of motion (vdm), or VideoFusion's two networks
     (both of model's sizes)."""
@@ -230,6 +233,8 @@ def _check_values(config: TrainConfig) -> None:
     if config.data.images and config.data.kind != "videos":
         raise UsageError(f"--data.images wants --data.kind videos, got {config.data.kind}")
     _check_conditions(config)
+    if config.recompute == "cheap" and (config.network == "s2dm" or not config.activation_checkpointing):
+        raise UsageError("--recompute cheap wants --activation_checkpointing, and a --network other than s2dm")
     if config.network == "videofusion":
         for name, wanted in (("noise", "mixed"), ("prediction", "epsilon")):
             if values[f"diffusion.{name}"] != wanted:

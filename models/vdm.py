@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.clip_config import ClipConfig
 from models.conditions import check_condition, resolve_dropped
+from models.recompute import Recompute, checkpointed
 from models.unet3d.attention import SpaceAttention, TimeAttention
 from models.unet3d.residual import KERNEL, ResidualBlock
 from models.unet3d.text_pool import TextPool
@@ -162,13 +162,15 @@ class VDM(nn.Module):
     (B, F, H * W, C). So neither is copied for the other; what is copied is the input (joined to the reference frame),
     the two sides of each skip connection (a concatenation) and the output.
 
-    Set ``activation_checkpointing`` to keep only the levels' inputs for the backward pass and compute the rest again.
+    Set ``activation_checkpointing`` to keep only the levels' inputs for the backward pass and compute the rest again,
+    or, with ``recompute`` "cheap", to keep the results of products, convolutions and attention too.
     """
 
     def __init__(self, config: VDMConfig) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.recompute: Recompute = "all"
         base = config.base_channels
         size = 4 * base
         self.t_embedder = TimestepEmbedder(size)
@@ -268,7 +270,7 @@ class VDM(nn.Module):
 
     def _run(self, part: nn.Module, *inputs: Any) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return checkpointed(part, *inputs, recompute=self.recompute)
         return part(*inputs)
 
     def _rope(self, h: Tensor) -> Rope:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.conditions import resolve_dropped
 from models.latte import Latte, LatteConfig
+from models.recompute import Recompute
 from vidkern.diffusion import Schedule
 
 
@@ -84,6 +85,15 @@ class VideoFusion(nn.Module):
     @activation_checkpointing.setter
     def activation_checkpointing(self, enabled: bool) -> None:
         self.base.activation_checkpointing = self.residual.activation_checkpointing = enabled
+
+    @property
+    def recompute(self) -> Recompute:
+        """What both networks' checkpointed blocks compute again."""
+        return self.residual.recompute
+
+    @recompute.setter
+    def recompute(self, kind: Recompute) -> None:
+        self.base.recompute = self.residual.recompute = kind
 
     @property
     def blocks(self) -> Iterator[nn.Module]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.checkpoints import load_weights
 from models.config import TrainConfig
 from models.networks import Network, build_network, noise_options
+from models.s2dm import S2DM
 from models.sampling.network import find_checkpoint
 from models.training.distributed import World, distribute, gradient_exchange
 from models.training.draws import Draws, draw
@@ -67,6 +68,8 @@ def make_run(config: TrainConfig, world: World) -> Run:
         load_weights(model, find_checkpoint(Path(config.init)))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     model.activation_checkpointing = config.activation_checkpointing
+    if not isinstance(model, S2DM):
+        model.recompute = config.recompute
     if config.compile:
         model.compile()
     network = distribute(model, ema, config.strategy, world)

@@ -1,5 +1,6 @@
 """Latte as users call it: sizes, variants, conditions, other lengths, joint training, precision, compilation."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -200,12 +201,47 @@ def test_drops_are_drawn_with_their_probability_and_not_where_it_is_0():
     assert abs(drops["y"].double().mean() - 0.25) < 5 * (0.25 * 0.75 / 4000) ** 0.5
 
 
-def test_checkpointing_gives_the_same_bits():
+@pytest.mark.parametrize("recompute", ["all", "cheap"])
+def test_checkpointing_gives_the_same_bits(recompute):
     model, x, t = small(), clip(), torch.tensor([3, 700])
     plain = gradients(model, model(x, t))
-    model.activation_checkpointing = True
+    model.activation_checkpointing, model.recompute = True, recompute
     checkpointed = gradients(model, model(x, t))
     assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
+
+
+class Called(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def called_backward(model):
+    """What the backward pass of a model runs."""
+    loss = model(clip(), torch.tensor([3, 700])).square().sum()
+    with Called() as called:
+        loss.backward()
+    return called.counts
+
+
+def test_what_is_cheap_is_computed_again_and_no_product_or_attention():
+    model = small()
+    plain = called_backward(model)
+    model.activation_checkpointing = True
+    whole = called_backward(model)
+    model.recompute = "cheap"
+    cheap = called_backward(model)
+    dear = ("aten::addmm", "aten::mm", "vidkern::temporal_attention_packed", "vidkern::attention_packed")
+    assert all(cheap[name] == plain[name] for name in dear)
+    assert all(whole[name] > plain[name] for name in dear if name != "aten::mm")
+    again = ("vidkern::gate_residual_modulate", "vidkern::gelu_tanh")
+    assert all(cheap[name] == whole[name] > plain[name] for name in again)
 
 
 def test_bfloat16_autocast_is_close_to_float32():
@@ -240,11 +276,12 @@ def test_a_float64_model_is_close_to_float32(temporal_position):
     assert relative(wanted, got) < 1e-5
 
 
-@pytest.mark.parametrize(("per_frame", "checkpointing"), [(False, True), (True, False)])
-def test_compiles_into_one_graph_for_every_batch_and_length(per_frame, checkpointing):
+@pytest.mark.parametrize(("per_frame", "recompute"), [(False, "all"), (False, "cheap"), (True, None)])
+def test_compiles_into_one_graph_for_every_batch_and_length(per_frame, recompute):
     torch._dynamo.reset()
     model = small(num_classes=CLASSES, depth=2, class_dropout=0.5).train()
-    model.activation_checkpointing = checkpointing
+    if recompute is not None:
+        model.activation_checkpointing, model.recompute = True, recompute
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for i, (batch, frames) in enumerate([(2, 3), (3, 2), (5, 3)]):
         x, y = clip(frames, batch), torch.randint(0, CLASSES, (batch,))

@@ -194,6 +194,7 @@ def test_a_checkpoint_from_before_other_networks_goes_on(tmp_path: Path, capsys:
         ({**TINY_VDM, "data__kind": "motion", "data__path": "nowhere"}, "--data.size wants --network vdm and"),
         ({"data__kind": "motion", "data__path": "nowhere"}, "no motion at nowhere: python -m models.flow makes it"),
         ({"data__latents": True}, "--data.latents wants --data.kind motion, got digits"),
+        ({"recompute": "cheap"}, "--recompute cheap wants --activation_checkpointing, and a --network other than s2dm"),
         ({"data__least_visible": 0.5}, "--data.least_visible wants --data.kind motion, got digits"),
         ({**TINY_VDM, "vdm__reference_channels": 2}, "channels must be 1 or 3, got 2"),
         ({**TINY_S2DM, "s2dm__unet": "nowhere"}, "no U-Net at nowhere: want a local folder, or owner/name on the hub"),

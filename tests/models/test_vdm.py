@@ -208,10 +208,11 @@ def test_the_reference_frame_comes_by_area_at_every_size():
     assert relative(model(x, t, **given), model(x, t, **{**given, "reference": pooled})) < 1e-6
 
 
-def test_checkpointing_gives_the_same_bits():
+@pytest.mark.parametrize("recompute", ["all", "cheap"])
+def test_checkpointing_gives_the_same_bits(recompute):
     model, x, t, given = small(**CONDITIONED), clip(), torch.tensor([3, 700]), conditions()
     plain = gradients(model, model(x, t, **given))
-    model.activation_checkpointing = True
+    model.activation_checkpointing, model.recompute = True, recompute
     checkpointed = gradients(model, model(x, t, **given))
     assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
 
