@@ -118,11 +118,18 @@ def _covers_every_kernel(result: dict[str, Any]) -> bool:
 
 
 def newest(runs: Sequence[Run]) -> Iterator[Run]:
-    """Yield the runs, given oldest first, cut down to the families of which they are their device's newest."""
-    last = {(run.environment["device"], result["family"]): run for run in runs for result in run.results}
+    """Yield the runs, given oldest first, cut down to the families of which they are their device's newest.
+
+    Of whole steps, which take minutes each and are often run apart, to the steps of which they are the newest.
+    """
+
+    def place(run: Run, result: dict[str, Any]) -> tuple[str, ...]:
+        step = (result["operator"], result["shape_name"], result["passes"]) if result["family"] == STEPS else ()
+        return run.environment["device"], result["family"], *step
+
+    last = {place(run, result): run for run in runs for result in run.results}
     for run in runs:
-        device = run.environment["device"]
-        kept = [result for result in run.results if last[device, result["family"]] is run]
+        kept = [result for result in run.results if last[place(run, result)] is run]
         if kept:
             yield dataclasses.replace(run, results=kept)
 

@@ -5,8 +5,9 @@ import re
 import pytest
 
 from benchmarks import report
-from benchmarks.report import full_report, never_on_gpu, put_into, result_table, run_report
+from benchmarks.report import full_report, never_on_gpu, newest, put_into, result_table, run_report
 from benchmarks.results import Run, figures, read_runs, result_path
+from benchmarks.steps.tables import STEPS
 from tests.benchmarks.problems import CEILINGS, environment_of, result_of
 
 
@@ -102,6 +103,13 @@ def test_the_report_shows_each_devices_newest_run_of_each_family():
     assert "add_noise" in sections["old"].split("not yet")[0]
     assert "| layer_norm_modulate " not in sections["old"]
     assert "| layer_norm_modulate " in sections["new"]
+
+
+def test_of_whole_steps_each_is_told_by_its_own_newest_run():
+    training, drawing = (result_of(family=STEPS, passes=passes) for passes in ("training step", "DDIM sampling"))
+    old = Run(None, environment_of(commit="old"), CEILINGS, [training, drawing])
+    new = Run(None, environment_of(commit="new"), CEILINGS, [drawing])
+    assert [run.results for run in newest([old, new])] == [[training], [drawing]]
 
 
 def test_the_report_replaces_what_stands_between_the_markers(tmp_path):
