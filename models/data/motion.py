@@ -128,9 +128,11 @@ class MotionDataset(SeededDataset):
             raise ValueError(f"no latents in {folder}: python -m models.flow --vae adds them to a new folder")
         if latents and flip:
             raise ValueError("flip must be False for latents: only pixels can be mirrored")
+        if not self.index.entries:
+            raise ValueError(f"no clips in {folder}")
         self._kept = [i for i, entry in enumerate(self.index.entries) if entry.check.visible >= least_visible]
         if not self._kept:
-            most = max((entry.check.visible for entry in self.index.entries), default=0.0)
+            most = max(entry.check.visible for entry in self.index.entries)
             raise ValueError(f"no clip in {folder} shows {least_visible:g} in its first frame; most is {most:.2f}")
         self.latents, self.flip = latents, flip
         self.classes = self.index.classes

@@ -59,12 +59,13 @@ class _Guided:
     """
 
     def __init__(self, model: Callable[..., Tensor], conditions: Mapping[str, Any], weights: Sequence[float]) -> None:
-        self.model, self.conditions, self.weights = model, conditions, weights
+        self.model: Any = model  # a function, or a network that may have prepare_sampling
+        self.conditions, self.weights = conditions, weights
 
     @property
     def prepare_sampling(self) -> Callable[[Tensor], Any]:
         """What a run's timesteps and the conditions become before its first step; missing where the model has none."""
-        return functools.partial(self.model.prepare_sampling, **self.conditions)  # type: ignore[attr-defined]
+        return functools.partial(self.model.prepare_sampling, **self.conditions)
 
     def __call__(self, x: Tensor, t: Tensor, **prepared: Any) -> Tensor:
         copies = len(self.weights)

@@ -28,6 +28,17 @@ _context.set_forkserver_preload(  # what a run imports later
     [__name__, "sklearn.datasets", "torch._dynamo", "diffusers.models.unets.unet_2d_condition"]
 )
 
+#: Label dropout, PTSS, parts of unequal size, clipping and the rate's warm-up all take part.
+EVERYTHING: dict[str, Any] = {
+    "micro_batch_size": 3,
+    "model__num_classes": 10,
+    "model__class_dropout": 0.4,
+    "diffusion__timesteps": "ptss",
+    "diffusion__ptss_probability": 0.5,
+    "optim__max_grad_norm": 0.1,
+    "optim__warmup_steps": 5,
+}
+
 
 def options(run_dir: Path, **overrides: Any) -> list[str]:
     """The command line of a tiny run on digits; `a__b=c` is --a.b c, True and False are flags, a tuple its items."""

@@ -14,23 +14,14 @@ from models.training.data import Batches
 from models.training.distributed import World
 from models.training.graph import GraphedStep
 from tests.diffusion.test_graphs import FakeCuda
-from tests.models.runs import assert_same_state, config, newest, options
+from tests.models.runs import EVERYTHING, assert_same_state, config, newest, options
 from vidkern.diffusion import graphs
 
 CPU, CUDA = World(0, 1, torch.device("cpu")), World(0, 1, torch.device("cuda", 0))
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
-# warm-ups of the rate and of the EMA, clipping from the third step on, label dropout, PTSS, parts of unequal size
-WHOLE: dict[str, Any] = {
-    "micro_batch_size": 3,
-    "model__num_classes": 10,
-    "model__class_dropout": 0.4,
-    "diffusion__timesteps": "ptss",
-    "diffusion__ptss_probability": 0.5,
-    "optim__max_grad_norm": 0.1,
-    "optim__clip_from_step": 3,
-    "optim__warmup_steps": 5,
-}
+# clipping from the third step on
+WHOLE = {**EVERYTHING, "optim__clip_from_step": 3}
 RUNS: dict[str, dict[str, Any]] = {
     "whole": WHOLE,
     "unclipped": {"precision": "bfloat16", "activation_checkpointing": True},

@@ -7,21 +7,10 @@ import pytest
 import torch
 
 from models.training import checkpointing
-from tests.models.runs import FILE_LIMIT, Child, assert_same_state, newest, options, read_metrics
+from tests.models.runs import EVERYTHING, FILE_LIMIT, Child, assert_same_state, newest, options, read_metrics
 
 STEPS = 12
-# label dropout, PTSS, parts of unequal size and clipping all take part
-WHOLE = {
-    "steps": STEPS,
-    "micro_batch_size": 3,
-    "model__num_classes": 10,
-    "model__class_dropout": 0.4,
-    "diffusion__timesteps": "ptss",
-    "diffusion__ptss_probability": 0.5,
-    "optim__max_grad_norm": 0.1,
-    "optim__warmup_steps": 5,
-    "log__keep": 2,
-}
+WHOLE = {"steps": STEPS, **EVERYTHING, "log__keep": 2}
 
 
 @pytest.fixture(scope="module")

@@ -199,8 +199,9 @@ def test_the_next_batch_is_on_its_way_while_a_step_runs(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     loader: Any = ({"video": Value(i)} for i in range(3))
-    for batch in on_device(loader, torch.device("cuda")):
-        done.append(f"step {batch['video'].number}")  # type: ignore[attr-defined]
+    batches: Any = on_device(loader, torch.device("cuda"))
+    for batch in batches:
+        done.append(f"step {batch['video'].number}")
     arrives = [
         ["copy 0", "wait", "keep 0"],
         ["copy 1", "step 0", "wait", "keep 1"],
