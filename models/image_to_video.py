@@ -72,17 +72,31 @@ def draw_given(
 def bind(network: nn.Module, given: Tensor) -> Callable[..., Tensor]:
     """Return an image-conditioned network as the model that ``vidkern.diffusion.sample`` calls.
 
-    The samplers hold given frames bit for bit, so what is known is read from the clip itself.
+    The samplers hold given frames bit for bit, so what is known is read from the clip itself. Where the network has a
+    method ``prepare_sampling``, so has what is returned.
 
     Args:
         network: called with ``known`` and ``given``.
         given: bool (F,), the frames that the task gives.
     """
+    return _Bound(network, given)
 
-    def model(x: Tensor, t: Tensor, *labels: Tensor, **conditions: Any) -> Tensor:
-        return network(x, t, *labels, known=x, given=given.to(x.device).expand(x.shape[:2]), **conditions)
 
-    return model
+class _Bound:
+    """A network with its given frames, called as model(x, t, ...) without them."""
+
+    def __init__(self, network: nn.Module, given: Tensor) -> None:
+        self.network: Any = network
+        self.given = given
+
+    @property
+    def prepare_sampling(self) -> Callable[..., Any]:
+        """The network's own, which counts on the timestep of given frames; missing where the network has none."""
+        return self.network.prepare_sampling
+
+    def __call__(self, x: Tensor, t: Tensor, *labels: Tensor, **conditions: Any) -> Tensor:
+        given = self.given.to(x.device).expand(x.shape[:2])
+        return self.network(x, t, *labels, known=x, given=given, **conditions)
 
 
 def frame_init(

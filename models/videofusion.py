@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from models.conditions import resolve_dropped
-from models.latte import Latte, LatteConfig
+from models.latte import Latte, LatteConfig, Prepared
 from models.recompute import Recompute
 from vidkern.diffusion import Schedule
 
@@ -32,6 +33,13 @@ def frame_weights(base_weight: float, frames: int, device: torch.device | str | 
     weights = torch.full((frames,), base_weight, device=device)
     weights[middle_frame(frames)].fill_(1)
     return weights
+
+
+class PreparedNetworks(NamedTuple):
+    """What each network's ``prepare_sampling`` returned."""
+
+    base: Prepared
+    residual: Prepared
 
 
 class VideoFusion(nn.Module):
@@ -108,6 +116,7 @@ class VideoFusion(nn.Module):
         *,
         text: Tensor | None = None,
         dropped: Mapping[str, Tensor] | None = None,
+        prepared: PreparedNetworks | None = None,
     ) -> Tensor:
         """Predict the noise, and with ``learn_sigma`` the variance, of noisy clips.
 
@@ -115,6 +124,7 @@ class VideoFusion(nn.Module):
             x: (B, F, C, H, W) noisy by mixed noise of :func:`frame_weights`.
             t: timesteps, int64 (B,) or (B, F).
             y, text, dropped: as of :class:`models.latte.Latte`; a sample loses a condition in both networks.
+            prepared: what :meth:`prepare_sampling` returned for these samples, instead of y, text and dropped.
 
         Returns:
             (B, F, 2C or C, H, W), as :class:`models.latte.Latte`.
@@ -123,18 +133,42 @@ class VideoFusion(nn.Module):
             ValueError: as :class:`models.latte.Latte`.
         """
         batch, frames, channels = x.shape[:3]
-        dropped = resolve_dropped(dropped, self.config.dropouts, batch, x.device, training=self.training)
+        if prepared is None:  # one draw for both networks
+            dropped = resolve_dropped(dropped, self.config.dropouts, batch, x.device, training=self.training)
         conditions: dict[str, Any] = {"y": y, "text": text, "dropped": dropped}
+        of_base, of_residual = (conditions | {"prepared": vectors} for vectors in prepared or (None, None))
         middle = middle_frame(frames)
-        t_middle = t if t.dim() == 1 else t[:, middle]
-        base = self.base(x[:, middle : middle + 1], t_middle, **conditions)
+        t_middle = t if t.dim() == 1 else t[:, middle].contiguous()
+        base = self.base(x[:, middle : middle + 1], t_middle, **of_base)
         weights = frame_weights(self.base_weight, frames, x.device).view(-1, 1, 1, 1)
 
         sigma = self.sigma[t].view(batch, -1, 1, 1, 1)
         common = weights.sqrt() * base.detach()
-        residual = self.residual((x - sigma * common).to(x.dtype), t, **conditions)
+        residual = self.residual((x - sigma * common).to(x.dtype), t, **of_residual)
         noise, variance = residual.split([channels, residual.shape[2] - channels], dim=2)
 
         is_middle = (torch.arange(frames, device=x.device) == middle).view(-1, 1, 1, 1)
         noise = torch.where(is_middle, base, common + (1 - weights).sqrt() * noise)
         return torch.cat([noise, variance.to(noise.dtype)], dim=2)
+
+    def prepare_sampling(
+        self,
+        times: Tensor,
+        y: Tensor | None = None,
+        *,
+        text: Tensor | None = None,
+        dropped: Mapping[str, Tensor] | None = None,
+    ) -> PreparedNetworks | None:
+        """Compute both networks' modulation vectors for all timesteps of a run: ``forward``'s ``prepared``.
+
+        Arguments, memory (twice) and when it is None: :meth:`models.latte.Latte.prepare_sampling`.
+        """
+        if isinstance(self, FSDPModule):
+            return None
+        given = y if text is None else text
+        batch = 1 if given is None else len(given)
+        dropped = resolve_dropped(dropped, self.config.dropouts, batch, times.device, training=self.training)
+        conditions: dict[str, Any] = {"text": text, "dropped": dropped}
+        base = self.base.prepare_sampling(times, y, **conditions)
+        residual = self.residual.prepare_sampling(times, y, **conditions)
+        return None if base is None or residual is None else PreparedNetworks(base, residual)

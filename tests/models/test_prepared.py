@@ -1,6 +1,7 @@
 """Modulation vectors that are computed once for a whole sampling run, against those computed in every step."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,14 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.image_to_video import bind
 from models.latte import Latte, LatteConfig, Prepared
 from models.sampling.draw import draw_clips
 from models.sampling.guidance import guide
 from models.training.distributed import World, distribute
+from models.videofusion import VideoFusion
 from tests.models.public_cases import fill
 from vidkern.diffusion import given_frames, interpolation, make_schedule, progressive, sample, standard
+from vidkern.nn import TimestepEmbedder
 
-BATCH, FRAMES, CHANNELS, SIZE, CLASSES, WIDTH = 2, 4, 2, 8, 5, 6
+BATCH, FRAMES, CHANNELS, SIZE, CLASSES, WIDTH, WEIGHT = 2, 4, 2, 8, 5, 6, 0.6
 SHAPE = (BATCH, FRAMES, CHANNELS, SIZE, SIZE)
 LINEAR = make_schedule("linear")
 KEY = torch.tensor([3, 1])
@@ -25,6 +29,12 @@ def small(seed: int = 4, **options: Any) -> Latte:
     sizes = {"input_size": SIZE, "hidden_size": 64, "depth": 2, "num_heads": 2, "num_frames": FRAMES}
     model = Latte(LatteConfig(in_channels=CHANNELS, **{**sizes, **options}))
     fill(model.named_parameters(), seed)
+    return model.eval()
+
+
+def two_networks(**options: Any) -> VideoFusion:
+    model = VideoFusion(small(**options).config, LINEAR, WEIGHT)
+    fill(model.named_parameters(), 6)
     return model.eval()
 
 
@@ -85,13 +95,20 @@ TASKS = {
 }
 
 
+def without_it(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a model without its ``prepare_sampling``."""
+    return lambda *arguments, **options: model(*arguments, **options)
+
+
 class Counted:
     """Calls a network, with or without its ``prepare_sampling``, and counts how often timesteps are embedded."""
 
-    def __init__(self, network: Latte, prepares: bool) -> None:
+    def __init__(self, network: Latte | VideoFusion, prepares: bool) -> None:
         self.embedded = 0
-        self.model = network if prepares else lambda *arguments, **options: network(*arguments, **options)
-        network.t_embedder.register_forward_hook(self._count)
+        self.model = network if prepares else without_it(network)
+        for part in network.modules():
+            if isinstance(part, TimestepEmbedder):
+                part.register_forward_hook(self._count)
 
     def _count(self, *_: Any) -> None:
         self.embedded += 1
@@ -108,6 +125,39 @@ def test_a_run_embeds_its_timesteps_once_and_draws_the_same_clips(task):
     torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
 
 
+#: An image-conditioned network or two networks, with classes: labels in the samplers' own guidance or ours.
+OTHERS = {
+    "replace": functools.partial(small, num_classes=CLASSES, image_condition="replace"),
+    "concat": functools.partial(small, num_classes=CLASSES, image_condition="concat"),
+    "VideoFusion": functools.partial(two_networks, num_classes=CLASSES),
+}
+GUIDED = {"y": torch.tensor([0, 3]), "y_null": CLASSES, "cfg_scale": 3.0}
+
+
+def as_sampled(network: Latte | VideoFusion, task: Any) -> Callable[..., Tensor]:
+    """Return a network as ``models.sampling.draw`` hands it to the sampler."""
+    if network.config.image_condition is None:
+        return network
+    return bind(network, task(torch.zeros(1, dtype=torch.int64), FRAMES)[1][0])
+
+
+@pytest.mark.parametrize("guidance", [{}, GUIDED], ids=["conditional", "guided"])
+@pytest.mark.parametrize("task", [TASKS["interpolation"], TASKS["given frames"]], ids=["ends", "middle"])
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_other_networks_draw_the_same_clips(make, task, guidance):
+    options = {"task": task, "known": clip(2), "num_steps": 3, "y": LABELS - 1, **guidance}
+    drawn, embedded = [], []
+    for prepares in (True, False):
+        counted = Counted(make(), prepares=True)
+        model = as_sampled(counted.model, task)
+        drawn.append(sample(model if prepares else without_it(model), SHAPE, LINEAR, KEY, **options))
+        embedded.append(counted.embedded)
+    networks = 2 if make is OTHERS["VideoFusion"] else 1
+    assert embedded == [networks, 3 * networks]
+    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
+    assert (drawn[0] - clip(2)).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_guidance_by_classes_is_prepared_for_both_halves(sampler):
     network = small(num_classes=CLASSES)
@@ -118,14 +168,15 @@ def test_guidance_by_classes_is_prepared_for_both_halves(sampler):
     torch.testing.assert_close(ours, sample(without.model, SHAPE, LINEAR, KEY, **options), rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_by_scales_is_prepared():
-    network = small(text_size=WIDTH)
+@pytest.mark.parametrize("make", [small, two_networks], ids=["Latte", "VideoFusion"])
+def test_guidance_by_scales_is_prepared(make):
+    network = make(text_size=WIDTH)
     with_it, without = Counted(network, True), Counted(network, False)
     ours, wanted = (
         sample(guide(each.model, {"text": TEXT}, {"text": 4.0}), SHAPE, LINEAR, KEY, num_steps=3)
         for each in (with_it, without)
     )
-    assert with_it.embedded == 1 + 3
+    assert with_it.embedded == (1 + 3) * (1 if make is small else 2)
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -139,13 +190,14 @@ def test_a_model_that_prepares_nothing_is_called_as_ever():
     assert torch.equal(drawn, sample(Counted(network, False).model, SHAPE, LINEAR, KEY, **options))
 
 
-def test_sharded_weights_are_left_to_forward():
+@pytest.mark.parametrize("make", [small, two_networks], ids=["Latte", "VideoFusion"])
+def test_sharded_weights_are_left_to_forward(make):
     sizes = {"batch_size": 1, "seed": 0, "num_steps": 2, "precision": "bfloat16"}
-    wanted = draw_clips(small(), LINEAR, 1, **sizes)
+    wanted = draw_clips(make(), LINEAR, 1, **sizes)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        network = small()
-        distribute(network, small(1), "fsdp", World(0, 1, torch.device("cpu")))
+        network = make()
+        distribute(network, make(), "fsdp", World(0, 1, torch.device("cpu")))
         assert network.prepare_sampling(TIMES) is None
         torch.testing.assert_close(draw_clips(network, LINEAR, 1, **sizes), wanted, rtol=2e-2, atol=2e-2)
     finally:
