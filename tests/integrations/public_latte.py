@@ -3,18 +3,21 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
 
 class Mlp(nn.Module):
+    """As timm's, of which the public code takes it."""
+
     def __init__(self, size):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
+        self.fc1, self.act, self.drop1 = nn.Linear(size, 4 * size), nn.GELU(approximate="tanh"), nn.Dropout(0.0)
+        self.norm, self.fc2, self.drop2 = nn.Identity(), nn.Linear(4 * size, size), nn.Dropout(0.0)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        x = self.drop1(self.act(self.fc1(x)))
+        return self.drop2(self.fc2(self.norm(x)))
 
 
 class Attention(nn.Module):

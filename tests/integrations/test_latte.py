@@ -155,7 +155,7 @@ def test_a_processor_set_later_is_used():
 
 
 def test_a_block_called_alone_does_what_it_did():
-    model, ours = latte(), patched(latte())
+    model, ours = latte(), patched(latte(), mlp=False)
     x, vectors = normal(3, 16, 64), normal(3, 6 * 64, seed=4)
     for name in ("transformer_blocks", "temporal_transformer_blocks"):
         theirs = getattr(model, name)[0](x, None, normal(3, 7, 64, seed=5), None, vectors)

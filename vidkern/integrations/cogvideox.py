@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkern.integrations import tokens
+from vidkern.integrations import feed_forward, tokens
 from vidkern.integrations.patching import Plan, Report, check_class, check_source, check_unhooked, is_a
 
 MODEL = "diffusers.models.transformers.cogvideox_transformer_3d.CogVideoXTransformer3DModel"
@@ -24,7 +24,7 @@ def recognises(module: nn.Module) -> bool:
     return is_a(module, MODEL)
 
 
-def apply_vidkern_to_cogvideox(model: nn.Module) -> Report:
+def apply_vidkern_to_cogvideox(model: nn.Module, *, mlp: bool = True) -> Report:
     """Speed up diffusers' CogVideoXTransformer3DModel in place; results stay the same.
 
     In each block, and before the output, norm with its weights, shift, scale, gate and residual of the text and of the
@@ -32,6 +32,9 @@ def apply_vidkern_to_cogvideox(model: nn.Module) -> Report:
 
     Args:
         model: a CogVideoXTransformer3DModel of diffusers 0.42, not of a subclass.
+        mlp: the feed-forward by ``vidkern.ops.gelu_mlp``, which keeps one activation less for the backward pass. False
+            keeps the model's own; so do another activation, a projection without bias, an adapter or a hook inside it,
+            and dropout in training.
 
     Returns:
         What was changed.
@@ -42,9 +45,9 @@ def apply_vidkern_to_cogvideox(model: nn.Module) -> Report:
     _check(model)
     plan = Plan(model)
     for block in model.get_submodule("transformer_blocks").children():
-        plan.replace(
-            block, "forward", block_forward, "block: fused norm, modulation, gate and residual, text and video"
-        )
+        own = feed_forward.replace_diffusers(plan, block.ff) if mlp else ""
+        what = f"block: fused norm, modulation, gate and residual, text and video{own}"
+        plan.replace(block, "forward", block_forward, what)
     plan.replace(model.get_submodule("norm_out"), "forward", norm_out_forward, "output norm: fused modulation")
     return plan.apply()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkern import ops
-from vidkern.integrations import tokens
+from vidkern.integrations import feed_forward, tokens
 from vidkern.integrations.patching import Plan, Report, check_class, check_source, check_unhooked, is_a
 from vidkern.nn import unpatchify
 from vidkern.ops.attention.op import MAX_FRAMES, TEMPORAL_HEAD_SIZES
@@ -31,7 +31,9 @@ def recognises(module: nn.Module) -> bool:
     return is_a(module, MODEL)
 
 
-def apply_vidkern_to_latte(model: nn.Module, *, modulation: bool = True, temporal_attention: bool = True) -> Report:
+def apply_vidkern_to_latte(
+    model: nn.Module, *, modulation: bool = True, temporal_attention: bool = True, mlp: bool = True
+) -> Report:
     """Speed up diffusers' LatteTransformer3DModel in place; results stay the same.
 
     Tokens stay (B, F, N, D) from the patch embedding to the output: the copies that turn space into time and back, two
@@ -44,6 +46,9 @@ def apply_vidkern_to_latte(model: nn.Module, *, modulation: bool = True, tempora
         temporal_attention: attention over frames by ``vidkern.ops.temporal_attention``; False keeps the model's own
             processor, on rearranged copies. So do other processors than AttnProcessor2_0, head sizes that
             the operator has no kernel for, and clips longer than its 256 frames.
+        mlp: the feed-forward by ``vidkern.ops.gelu_mlp``, which keeps one activation less for the backward pass. False
+            keeps the model's own; so do another activation, a projection without bias, an adapter or a hook inside it,
+            and dropout in training.
 
     Returns:
         What was changed.
@@ -57,14 +62,16 @@ def apply_vidkern_to_latte(model: nn.Module, *, modulation: bool = True, tempora
     plan.replace(model, "forward", _model_forward(modulation), "transformer on tokens (B, F, N, D), without permutes")
     by = "fused adaLN-single" if modulation else "adaLN-single as it was"
     for block in model.get_submodule("transformer_blocks").children():
-        plan.replace(block, "forward", _block_forward(modulation, _attend_in_space), f"spatial block: {by}")
+        own = feed_forward.replace_diffusers(plan, block.ff) if mlp else ""
+        plan.replace(block, "forward", _block_forward(modulation, _attend_in_space), f"spatial block: {by}{own}")
     for i, block in enumerate(model.get_submodule("temporal_transformer_blocks").children()):
         reason = (
             _why_rearranged(block.attn1, f"temporal_transformer_blocks.{i}.attn1") if temporal_attention else "asked"
         )
         over_frames = _attend_in_time() if reason is None else tokens.attend_rearranged
         how = "vidkern's temporal attention" if reason is None else f"attention on rearranged copies ({reason})"
-        plan.replace(block, "forward", _block_forward(modulation, over_frames), f"temporal block: {by}, {how}")
+        own = feed_forward.replace_diffusers(plan, block.ff) if mlp else ""
+        plan.replace(block, "forward", _block_forward(modulation, over_frames), f"temporal block: {by}, {how}{own}")
     return plan.apply()
 
 

@@ -1,6 +1,7 @@
 """The public Latte and FVDM networks, found by their structure, on tokens that stay (B, F, N, D)."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkern import ops
-from vidkern.integrations import tokens
+from vidkern.integrations import feed_forward, tokens
 from vidkern.integrations.patching import Plan, Report, check_unhooked
 from vidkern.nn import Branch
 from vidkern.ops.attention.op import MAX_FRAMES, TEMPORAL_HEAD_SIZES
@@ -30,7 +31,12 @@ def recognises(module: nn.Module) -> bool:
 
 
 def apply_vidkern_to_official_latte(
-    model: nn.Module, *, modulation: bool = True, spatial_attention: bool = True, temporal_attention: bool = True
+    model: nn.Module,
+    *,
+    modulation: bool = True,
+    spatial_attention: bool = True,
+    temporal_attention: bool = True,
+    mlp: bool = True,
 ) -> Report:
     """Speed up ``Latte`` of Vchitect/Latte or ``LatteVIDEO`` of Yaofang-Liu/FVDM in place; results stay the same.
 
@@ -44,6 +50,9 @@ def apply_vidkern_to_official_latte(
         spatial_attention: attention in space by ``vidkern.ops.spatial_attention``, which stores no scores.
         temporal_attention: attention over frames by ``vidkern.ops.temporal_attention``, where it has a kernel for the
             head size and the number of frames; else the block's own, on rearranged copies.
+        mlp: timm's Mlp by ``vidkern.ops.gelu_mlp``, which keeps one activation less for the backward pass. False
+            keeps the model's own; so do another activation, a projection without bias, an adapter or a hook inside it,
+            and dropout in training.
 
     Returns:
         What was changed.
@@ -61,7 +70,9 @@ def apply_vidkern_to_official_latte(
         f" {ours[spatial_attention]}; over frames: {f'its own ({why_not})' if why_not else ours[True]}"
     )
     plan = Plan(model)
-    plan.replace(model, "forward", _model_forward(modulation, space, time), what)
+    blocks = itertools.chain.from_iterable(_pairs(model)) if mlp else ()
+    own = sorted({feed_forward.replace_timm(plan, block.mlp) for block in blocks} - {""})
+    plan.replace(model, "forward", _model_forward(modulation, space, time), what + "".join(own))
     return plan.apply()
 
 

@@ -159,11 +159,21 @@ def check_unhooked(module: nn.Module, where: str) -> None:
     Raises:
         ValueError: it has a forward hook, or its forward is replaced.
     """
+    reason = why_hooked(module)
+    if reason is not None:
+        raise ValueError(f"{where} {reason}, which the patched model would not call")
+
+
+def why_hooked(module: nn.Module) -> str | None:
+    """Say what of its own would not be called with a module that is read instead of called, or None."""
     if module._forward_hooks or module._forward_pre_hooks:
-        raise ValueError(f"{where} has a forward hook, which the patched model would not call")
+        return "has a forward hook"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "has a backward hook"
     held = module.__dict__.get("forward")
     if held is not None and not _is_ours(held) and not _is_original(module, "forward", held):
-        raise ValueError(f"{where} has a forward of its own, which the patched model would not call")
+        return "has a forward of its own"
+    return None
 
 
 def check_sources(model: nn.Module, known: Mapping[str, Mapping[str, str]]) -> None:

@@ -24,7 +24,7 @@ def recognises(module: nn.Module) -> bool:
     return is_a(module, MODEL)
 
 
-def apply_vidkern_to_skyreels_v2(model: nn.Module) -> Report:
+def apply_vidkern_to_skyreels_v2(model: nn.Module, *, mlp: bool = True) -> Report:
     """Speed up diffusers' SkyReelsV2Transformer3DModel in place; results stay the same.
 
     Norm, shift, scale, gate and residual run in vidkern's fused operators. With diffusion forcing, a timestep for each
@@ -32,6 +32,9 @@ def apply_vidkern_to_skyreels_v2(model: nn.Module) -> Report:
 
     Args:
         model: a SkyReelsV2Transformer3DModel of diffusers 0.42, not of a subclass.
+        mlp: the feed-forward by ``vidkern.ops.gelu_mlp``, which keeps one activation less for the backward pass. False
+            keeps the model's own; so do another activation, a projection without bias, an adapter or a hook inside it,
+            and dropout in training.
 
     Returns:
         What was changed.
@@ -42,8 +45,7 @@ def apply_vidkern_to_skyreels_v2(model: nn.Module) -> Report:
     _check(model)
     plan = Plan(model)
     plan.replace(model, "forward", _model_forward(), "transformer with modulation per frame")
-    for block in model.get_submodule("blocks").children():
-        plan.replace(block, "forward", block_forward, "block: fused norm, modulation, gate and residual")
+    wan.replace_blocks(plan, block_forward, mlp)
     return plan.apply()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkern.integrations import tokens
+from vidkern.integrations import feed_forward, tokens
 from vidkern.integrations.patching import Plan, Report, check_class, check_source, check_unhooked, is_a
 
 MODEL = "diffusers.models.transformers.transformer_wan.WanTransformer3DModel"
@@ -26,7 +26,7 @@ def recognises(module: nn.Module) -> bool:
     return is_a(module, MODEL)
 
 
-def apply_vidkern_to_wan(model: nn.Module, *, frame_timesteps: bool | None = None) -> Report:
+def apply_vidkern_to_wan(model: nn.Module, *, frame_timesteps: bool | None = None, mlp: bool = True) -> Report:
     """Speed up diffusers' WanTransformer3DModel in place; results stay the same.
 
     Norm, shift, scale, gate and residual run in vidkern's fused operators. With a timestep for each token (B, L), as
@@ -40,6 +40,9 @@ def apply_vidkern_to_wan(model: nn.Module, *, frame_timesteps: bool | None = Non
             None looks at each call: one comparison, and the host waits for its result; under torch.compile and in the
             capture of a CUDA graph nobody can look, and the modulation is per token. True promises it, so that nobody
             looks: the first token's timestep is then the frame's. False keeps it per token.
+        mlp: the feed-forward by ``vidkern.ops.gelu_mlp``, which keeps one activation less for the backward pass. False
+            keeps the model's own; so do another activation, a projection without bias, an adapter or a hook inside it,
+            and dropout in training.
 
     Returns:
         What was changed.
@@ -50,9 +53,15 @@ def apply_vidkern_to_wan(model: nn.Module, *, frame_timesteps: bool | None = Non
     _check(model)
     plan = Plan(model)
     plan.replace(model, "forward", _model_forward(frame_timesteps), "transformer with modulation per frame")
-    for block in model.get_submodule("blocks").children():
-        plan.replace(block, "forward", block_forward, "block: fused norm, modulation, gate and residual")
+    replace_blocks(plan, block_forward, mlp)
     return plan.apply()
+
+
+def replace_blocks(plan: Plan, forward: Callable[..., Tensor], mlp: bool) -> None:
+    """Plan to replace every block's forward and, where it may be, its feed-forward."""
+    for block in plan.model.get_submodule("blocks").children():
+        own = feed_forward.replace_diffusers(plan, block.ffn) if mlp else ""
+        plan.replace(block, "forward", forward, f"block: fused norm, modulation, gate and residual{own}")
 
 
 def _check(model: Any) -> None:
