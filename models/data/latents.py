@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from models.data.listing import numbered_captions
 from models.data.seeded import Sample, SeededDataset, torch_generator
-from models.data.shards import INDEX
+from models.data.shards import INDEX, open_shard
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class LatentDataset(SeededDataset):
         entry = self.index.entries[number]
         start = int(rng.integers(entry.frames - self._span + 1))
         window = slice(start, start + self._span)
-        with safe_open(self.folder / entry.shard, "pt") as shard:
+        with open_shard(self.folder / entry.shard) as shard:
             mean, std = (
                 shard.get_slice(f"{number}.{part}")[window][:: self.frame_interval].float() for part in ("mean", "std")
             )

@@ -15,6 +15,7 @@ SUFFIXES = frozenset(
 _log = logging.getLogger(__name__)
 _FIELDS = ("path", "label", "start", "text")
 _LISTED = "path, label, start and text"
+_SURROGATE = re.compile("[\ud800-\udfff]")  # as JSON may escape them; no UTF-8 has them
 _Row = dict[str, str]  # every field's text, "" where there is none
 
 
@@ -70,7 +71,7 @@ def _list_folder(root: Path) -> Listing:
     names = sorted(
         path.relative_to(root)
         for path in root.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(root).parts)
     )
     videos = [name for name in names if name.suffix.lower() in SUFFIXES]
     classes = sorted({_class(name) for name in videos})
@@ -88,7 +89,10 @@ def _class(name: Path) -> str:
 def _list_manifest(manifest: Path) -> Listing:
     if manifest.suffix not in (".csv", ".txt", ".jsonl"):
         raise ValueError(f"{manifest.name} is no video, and a manifest of videos must be .csv, .txt or .jsonl")
-    rows = list(_read_jsonl(manifest) if manifest.suffix == ".jsonl" else _read_csv(manifest))
+    try:
+        rows = list(_read_jsonl(manifest) if manifest.suffix == ".jsonl" else _read_csv(manifest))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{manifest} is not UTF-8: {error}") from error
     labels = {row["label"] or "0" for row, _ in rows}
     if all(label.isdecimal() for label in labels):
         number = {label: int(label) for label in labels}
@@ -112,7 +116,7 @@ def _list_manifest(manifest: Path) -> Listing:
 def _read_csv(manifest: Path) -> Iterator[tuple[_Row, str]]:
     """Each line's fields and its place."""
     columns: Sequence[str] = _FIELDS
-    with open(manifest, newline="", encoding="utf-8") as file:
+    with open(manifest, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         for row in reader:
             fields = [field.strip() for field in row]
@@ -136,7 +140,7 @@ def _form(columns: Sequence[str]) -> str:
 
 def _read_jsonl(manifest: Path) -> Iterator[tuple[_Row, str]]:
     """Each line's fields and its place."""
-    with open(manifest, encoding="utf-8") as file:
+    with open(manifest, encoding="utf-8-sig") as file:
         for line_number, line in enumerate(file, 1):
             where = f"{manifest}:{line_number}"
             if not line.strip():
@@ -145,9 +149,12 @@ def _read_jsonl(manifest: Path) -> Iterator[tuple[_Row, str]]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON: {error}") from error
-            if not isinstance(record, dict) or not {"path"} <= set(record) <= set(_FIELDS):
+            if not isinstance(record, dict) or not set(record) <= set(_FIELDS) or not record.get("path"):
                 raise ValueError(f"{where}: a line must be an object with {_LISTED}, got {line.strip()}")
-            yield {field: str(record.get(field, "")) for field in _FIELDS}, where
+            values = {field: record[field] for field in _FIELDS if record.get(field) is not None}
+            if _SURROGATE.search("".join(map(str, values.values()))):
+                raise ValueError(f"{where}: half of a surrogate pair is no character: {line.strip()}")
+            yield {**dict.fromkeys(_FIELDS, ""), **{field: str(value) for field, value in values.items()}}, where
 
 
 def _start(text: str, where: str) -> int | None:

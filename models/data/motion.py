@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from models.data.frames import to_float
 from models.data.listing import numbered_captions
 from models.data.seeded import Sample, SeededDataset, torch_generator
-from models.data.shards import INDEX
+from models.data.shards import INDEX, open_shard
 from models.motion.forms import to_network
 
 
@@ -87,7 +86,7 @@ def read_motion_index(folder: str | Path) -> MotionIndex:
 
 def read_tensors(folder: Path, index: MotionIndex, number: int, frames: int | None = None) -> dict[str, Tensor]:
     """The tensors of entry `number` by name, of its first `frames` frames (None: all)."""
-    with safe_open(folder / index.entries[number].shard, "pt") as shard:
+    with open_shard(folder / index.entries[number].shard) as shard:
         names = ["video", "flow", "occlusion", *(("mean", "std") if index.vae else ())]
         return {name: shard.get_slice(f"{number}.{name}")[:frames] for name in names}
 

@@ -4,16 +4,18 @@ Entry i of the index belongs to the tensors "{i}.NAME" of the shard that it name
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import safetensors.torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.command_line import UsageError
-from models.training.checkpointing import atomic_file
+from models.training.checkpointing import StorageError, atomic_file
 
 INDEX = "index.json"
 
@@ -68,7 +70,10 @@ def resume(out: Path, new: I, read: Callable[[Path], I], same: Sequence[str], ho
 
     Raises UsageError where the two differ in a field of `same`; `holds` is what the folder's entries are called.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}") from error
     for partial in out.glob(".*.tmp"):
         partial.unlink()
     if not (out / INDEX).exists():
@@ -81,6 +86,16 @@ def resume(out: Path, new: I, read: Callable[[Path], I], same: Sequence[str], ho
                 "want another --out"
             )
     return old
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[safe_open]:
+    """A shard to read tensors from. Raises StorageError that names it where it is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as shard:
+            yield shard
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot read the shard {path}: {error}") from error
 
 
 def _write(path: Path, data: bytes) -> None:

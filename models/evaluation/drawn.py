@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from models.array_files import write_array
 from models.command_line import UsageError, differences
 from models.config import TrainConfig
 from models.data.frames import to_float, to_uint8
 from models.digest import sha256_of
-from models.evaluation.features import write_whole
 from models.networks import Network
 from models.sampling.codec import Codec
 from models.sampling.draw import draw_clips, sampler_of
@@ -88,7 +88,7 @@ def draw(folder: Path, drawing: Drawing, count: int, real: Dataset[Tensor] | Non
                 if real is not None:
                     known = torch.stack([drawing.codec.encode(real[i]) for i in numbers.tolist()])
                 for i, clip in zip(numbers.tolist(), _draw(network, drawing, numbers, known), strict=True):
-                    write_whole(clips.path(i), to_uint8(drawing.codec.decode(clip)).numpy())
+                    write_array(clips.path(i), to_uint8(drawing.codec.decode(clip)).numpy())
             bar.update(len(numbers))
     return clips
 

@@ -1,8 +1,6 @@
 """I3D's logits of clips, as FVD takes them, kept on disk so that no clip is run twice."""
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import convert_conv3d_weight_memory_format
 from tqdm import tqdm
 
+from models.array_files import read_array, write_array
 from models.data.frames import to_float, to_uint8
 from models.data.packaged import cache_folder
 from models.evaluation.i3d import CLASSES, LEAST_FRAMES, SIDE
@@ -54,7 +53,7 @@ class FeatureExtractor:
             check_clip(clip)
             pixels = to_uint8(clip.cpu())
             path = self._path(pixels)
-            rows.append(np.load(path) if path.exists() else None)
+            rows.append(read_array(path, (CLASSES,)))
             if rows[-1] is None:
                 waiting.append((len(rows) - 1, pixels, path))
             if len(waiting) == self.batch_size:
@@ -69,7 +68,7 @@ class FeatureExtractor:
             videos = torch.stack([pixels for _, pixels, _ in part]).to(self.device)
             for (row, _, path), features in zip(part, self._features(videos), strict=True):
                 rows[row] = features
-                write_whole(path, features)
+                write_array(path, features)
         waiting.clear()
 
     @torch.inference_mode()
@@ -103,11 +102,3 @@ def to_i3d_input(videos: Tensor) -> Tensor:
     batch, frames = videos.shape[:2]
     resized = F.interpolate(videos.flatten(0, 1), (SIDE, SIDE), mode="bilinear", align_corners=False)
     return resized.expand(-1, 3, -1, -1).unflatten(0, (batch, frames)).transpose(1, 2)
-
-
-def write_whole(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file that appears whole, so that a reader or an interrupted run never meets half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        np.save(file, array)
-    os.replace(file.name, path)

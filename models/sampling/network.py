@@ -26,7 +26,10 @@ def load_network(
     if config_file is not None:
         config = read_yaml(TrainConfig, config_file)
     else:
-        config = from_dict(TrainConfig, _saved_config(path))
+        try:
+            config = from_dict(TrainConfig, _saved_config(path))
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
     model = build_network(config, pretrained=False)
     load_weights(model, path, entry=weights)
     return model.eval().requires_grad_(False), config
@@ -48,5 +51,5 @@ def find_checkpoint(source: Path) -> Path:
 def _saved_config(path: Path) -> dict[str, Any]:
     saved = read_config(path) if path.suffix == ".safetensors" else checkpointing.load(path).get("config")
     if saved is None:
-        raise UsageError(f"{path} does not say how its network is made: give --config FILE.yaml")
+        raise UsageError("the file does not say how its network is made: give --config FILE.yaml")
     return saved

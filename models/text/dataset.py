@@ -27,7 +27,7 @@ class TextDataset(SeededDataset):
         self.dataset, self.captions = dataset, captions
         self.classes = getattr(dataset, "classes", ())
         self.text_shape = (encoder.length, encoder.width)
-        self._cache = TextCache(encoder.identity)
+        self._cache = TextCache(encoder.identity, self.text_shape)
         self._cache.fill(encoder, captions)
 
     def __len__(self) -> int:

@@ -49,15 +49,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU (`weights_only=True`). Raises StorageError for a missing or damaged file."""
+    """Read a checkpoint onto the CPU (`weights_only=True`). StorageError for a missing, damaged or other file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # processes share the pages
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # processes share the pages
     except FileNotFoundError as error:
         raise StorageError(f"no checkpoint at {path}") from error
     except Exception as error:  # torch.load reports damage through many types, pickle's and zipfile's among them
         whole = zipfile.is_zipfile(path)
         reason = str(error).splitlines()[0] if whole else "not a whole file of torch.save's format"
         raise StorageError(f"cannot read the checkpoint {path}: {reason}") from error
+    if not isinstance(content, dict):
+        raise StorageError(f"{path} is no checkpoint: it must hold a dictionary, got {type(content).__name__}")
+    return content
 
 
 def paths(directory: Path) -> list[Path]:

@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from models.training.checkpointing import atomic_file
+from models.training.checkpointing import StorageError, atomic_file
 
 
 def export_weights(path: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -26,7 +26,13 @@ def export_weights(path: Path, weights: dict[str, Tensor], config: dict[str, Any
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """The training configuration in a safetensors file's metadata, or None where it has none."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    return json.loads(metadata["config"]) if "config" in metadata else None
+    """The training configuration in a safetensors file's metadata, or None where it has none.
+
+    Raises StorageError for a file that cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return json.loads(metadata["config"]) if "config" in metadata else None
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise StorageError(f"cannot read the checkpoint {path}: {error}") from error

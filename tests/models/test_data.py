@@ -341,14 +341,34 @@ def test_manifests_caption_videos(folder: Path, tmp_path: Path) -> None:
             "a.jsonl:1: a line must be an object with path, label, start and text, got",
         ),
         ("a.jsonl", "x.mp4\n", "a.jsonl:1: not JSON"),
+        ("a.jsonl", '{"path": null}\n', "a.jsonl:1: a line must be an object with path, label, start and text, got"),
+        ("a.jsonl", '{"path": "x.mp4", "text": "\\udc00"}\n', "a.jsonl:1: half of a surrogate pair is no character"),
+        ("a.csv", b"x.mp4,\xff\n", r"a\.csv is not UTF-8: .* byte 0xff"),
         ("a.csv", "", "no video files in"),
         ("a.json", "{}", r"a\.json is no video, and a manifest of videos must be"),
     ],
 )
-def test_bad_manifests_name_the_line(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_text(text)
+def test_bad_manifests_name_the_line(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(ValueError, match=message):
         list_videos(tmp_path / name)
+
+
+def test_manifests_of_other_programs_are_read(tmp_path: Path) -> None:
+    """A byte order mark, as spreadsheets write it, is no part of the first field; null is nothing."""
+    (tmp_path / "a.csv").write_bytes("\ufeffpath,text\nx.mp4,a cat\n".encode())
+    (tmp_path / "b.jsonl").write_text('{"path": "x.mp4", "label": null, "start": null, "text": null}\n')
+    assert [(v.name, v.text) for v in list_videos(tmp_path / "a.csv").videos] == [("x.mp4", "a cat")]
+    assert [(v.label, v.start, v.text) for v in list_videos(tmp_path / "b.jsonl").videos] == [(0, None, "")]
+
+
+def test_a_link_to_nothing_is_told(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.mp4").symlink_to(folder / "cat/clip.mp4")
+    (tmp_path / "b.mp4").symlink_to(tmp_path / "absent.mp4")
+    dataset = VideoFolder(tmp_path, num_frames=2, size=(48, 64))
+    torch.testing.assert_close(dataset[1]["video"].shape, torch.Size((2, 3, 48, 64)))
+    assert dataset.report().unreadable == ["b.mp4"]
+    assert caplog.messages == ["b.mp4: skipped: cannot be read (No such file or directory)"]
 
 
 def test_folders_give_classes_from_their_first_level(folder: Path, tmp_path: Path) -> None:

@@ -151,6 +151,16 @@ def test_features_come_in_order_and_are_kept(small: Small, tmp_path: Path) -> No
     assert sum(small.batches) == 6  # an interrupted evaluation goes on: only the new clip is run
 
 
+@pytest.mark.parametrize("left", [0, 60, 200], ids=["nothing", "half a header", "some numbers"])
+def test_damaged_features_are_made_again(small: Small, tmp_path: Path, left: int) -> None:
+    clip = torch.rand(9, 3, 20, 30) * 2 - 1
+    found = FeatureExtractor(cache=tmp_path)([clip])
+    (kept,) = tmp_path.rglob("*.npy")
+    kept.write_bytes(kept.read_bytes()[:left])
+    np.testing.assert_array_equal(FeatureExtractor(cache=tmp_path)([clip]), found)
+    np.testing.assert_array_equal(np.load(kept), found[0])
+
+
 def test_clips_that_i3d_cannot_take_are_refused(small: Small, tmp_path: Path) -> None:
     extractor = FeatureExtractor(cache=tmp_path)
     assert extractor([]).shape == (0, 400)

@@ -27,6 +27,7 @@ from models.data.motion import Check, MotionEntry, read_motion_index
 from models.flow import FlowConfig, extract, main, summary
 from models.motion import from_network
 from models.motion.extract import clip_motion, load_extractor
+from models.training.checkpointing import StorageError
 from tests.models.clip_files import write_numbered
 from tests.models.runs import options, read_metrics
 from tests.models.test_two_processes import S2DM as TINY_S2DM
@@ -460,6 +461,14 @@ def test_the_dataset_names_what_it_cannot_give(config: FlowConfig, quick: Bright
         MotionDataset(config.out, latents=True)
     with pytest.raises(FileNotFoundError, match=r"no motion at .*: python -m models\.flow makes it"):
         MotionDataset(tmp_path)
+    dataset = MotionDataset(config.out)
+    shard = config.out / dataset.index.entries[0].shard
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(StorageError, match=r"cannot read the shard .*motion-00000\.safetensors: "):
+        dataset[0, 0]
+    shard.unlink()
+    with pytest.raises(StorageError, match=r"cannot read the shard .*motion-00000\.safetensors: No such file"):
+        dataset[0, 0]
     (tmp_path / "index.json").write_text('{"vae": 1}')
     with pytest.raises(ValueError, match=r"index\.json is not an index of motion"):
         MotionDataset(tmp_path)

@@ -60,7 +60,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """a.png, b.png, a.mp4, b.mp4, not.png and not.mp4."""
+    """a.png, b.png, a.mp4, b.mp4, and files that are not what they are called."""
     folder = tmp_path_factory.mktemp("files")
     generator = torch.Generator().manual_seed(0)
     for name in "ab":
@@ -69,6 +69,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_mp4(folder / f"{name}.mp4", torch.rand(12, 3, SIZE, SIZE, generator=generator) * 2 - 1)
     (folder / "not.png").write_text("text")
     (folder / "not.mp4").write_text("text")
+    (folder / "not.safetensors").write_text("text")
+    torch.save(torch.zeros(3), folder / "tensor.pt")
+    torch.save({"ema": {}, "config": {"modle": {}}}, folder / "other.pt")
     return folder
 
 
@@ -280,6 +283,9 @@ def test_an_interrupt_is_one_line(
     [
         (["--checkpoint", "nowhere"], "no checkpoint at nowhere"),
         (["--checkpoint", "not.png"], "cannot read the checkpoint not.png: not a whole file of torch.save"),
+        (["--checkpoint", "not.safetensors"], "cannot read the checkpoint not.safetensors: Error while deserializing"),
+        (["--checkpoint", "tensor.pt"], "tensor.pt is no checkpoint: it must hold a dictionary, got Tensor"),
+        (["--checkpoint", "other.pt"], "other.pt: unknown key modle"),
         (["--checkpoint", "."], "no checkpoint in .: wanted checkpoints/step_*.pt or export/model.safetensors"),
         (["--task", "image-to-video"], "--task image-to-video is given 1 of 8 frames: give --image"),
         (["--task", "image-to-video", "--image", "nowhere.png"], "cannot read the image nowhere.png: No such file"),

@@ -116,9 +116,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_cache_encodes_each_text_once(cache: Path) -> None:
     encoder = Counting()
     texts = [f"{number}" for number in range(300)]
-    TextCache("counting").fill(encoder, [*texts, "", "7", "déjà"])
+    TextCache("counting", (4, 2)).fill(encoder, [*texts, "", "7", "déjà"])
     assert encoder.asked == [*texts, "", "déjà"]
-    again = TextCache("counting")
+    again = TextCache("counting", (4, 2))
     again.fill(encoder, ["new", "7", ""])
     assert encoder.asked[len(texts) + 2 :] == ["new"]
     for text in ("7", "", "déjà", "new"):
@@ -128,21 +128,34 @@ def test_the_cache_encodes_each_text_once(cache: Path) -> None:
     assert torch.equal(again["7"], Counting().encode(["7"])[0])
 
     other = Counting("other")
-    TextCache("other").fill(other, ["7"])
+    TextCache("other", (4, 2)).fill(other, ["7"])
     assert other.asked == ["7"]
     assert {path.name for path in (cache / "text").iterdir()} == {"counting", "other"}
     assert not list(cache.rglob("*.tmp"))
 
 
 def _fill(_: int) -> None:
-    TextCache("counting").fill(Counting(), [str(number) for number in range(200)])
+    TextCache("counting", (4, 2)).fill(Counting(), [str(number) for number in range(200)])
+
+
+@pytest.mark.parametrize("left", [0, 60, 140], ids=["nothing", "half a header", "half the numbers"])
+def test_a_damaged_file_of_the_cache_is_made_again(cache: Path, left: int) -> None:
+    encoder = Counting()
+    texts = TextCache(encoder.identity, (4, 2))
+    texts.fill(encoder, ["a", "b"])
+    wanted = texts["a"].clone()
+    texts.path("a").write_bytes(texts.path("a").read_bytes()[:left])
+    again = TextCache(encoder.identity, (4, 2))
+    again.fill(encoder, ["a", "b"])
+    assert torch.equal(again["a"], wanted)
+    assert encoder.asked == ["a", "b", "a"]
 
 
 def test_processes_may_fill_one_cache(cache: Path) -> None:
     with multiprocessing.get_context("fork").Pool(3) as pool:
         pool.map(_fill, range(3))
     wanted = Counting().encode([str(number) for number in range(200)])
-    kept = TextCache("counting")
+    kept = TextCache("counting", (4, 2))
     assert torch.equal(torch.stack([kept[str(number)] for number in range(200)]), wanted)
     assert not list(cache.rglob("*.tmp"))
 
