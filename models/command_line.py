@@ -103,6 +103,12 @@ def check_range(name: str, value: float, least: float, most: float = math.inf) -
         raise UsageError(f"--{name} wants {wanted}, got {value}")
 
 
+def check_finite_number(name: str, value: float) -> None:
+    """Raise UsageError for NaN or infinity."""
+    if not math.isfinite(value):
+        raise UsageError(f"--{name} wants a finite number, got {value}")
+
+
 @contextlib.contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
     """Print a mistake of the caller (bad value, missing or unreadable file) as one line and exit with status 2.

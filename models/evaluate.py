@@ -9,6 +9,7 @@ Prints the protocol, and writes results.json and table.md to `--out`. docs/evalu
 
 import dataclasses
 import functools
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.command_line import LARGEST_SEED, UsageError, check_range, one_line_errors, parse
+from models.command_line import LARGEST_SEED, UsageError, check_finite_number, check_range, one_line_errors, parse
 from models.evaluation import report
 from models.evaluation.bootstrap import LEVEL, Estimate, bootstrap_mean
 from models.evaluation.clips import CutClips
@@ -113,8 +114,8 @@ def check_options(options: EvaluateConfig) -> None:
         raise UsageError("give --fake with generated videos or --checkpoint to draw clips from, one of the two")
     if not options.metrics:
         raise UsageError("--metrics wants at least one of fvd, kvd, ssim and psnr")
-    if options.fake is not None and options.task != "standard":
-        raise UsageError("--task is for --checkpoint; give --pairs and --given with --fake")
+    if options.fake is not None:
+        _refuse_drawing(options)
     if options.checkpoint is not None and (options.pairs or options.num_frames or options.size):
         raise UsageError("with --checkpoint, pairs follow from --task, and frames and size from the network")
     if (options.task == "given-frames") > bool(options.given):
@@ -138,6 +139,17 @@ def check_options(options: EvaluateConfig) -> None:
     for name in ("batch_size", "steps"):
         check_range(name, getattr(options, name), 1)
     check_range("seed", options.seed, 0, LARGEST_SEED)
+    if options.cfg_scale is not None:
+        check_finite_number("cfg_scale", options.cfg_scale)
+
+
+def _refuse_drawing(options: EvaluateConfig) -> None:
+    """Raise UsageError for an option that says how clips are drawn, where there are clips already."""
+    plain = EvaluateConfig(real="")
+    for name in ("task", "steps", "cfg_scale", "weights", "config", "vae"):
+        if getattr(options, name) != getattr(plain, name):
+            instead = "; give --pairs and --given with --fake" if name == "task" else ""
+            raise UsageError(f"--{name} is for --checkpoint{instead}")
 
 
 def cut_sets(options: EvaluateConfig) -> Sets:
@@ -188,7 +200,8 @@ def draw_sets(options: EvaluateConfig, device: torch.device) -> Sets:
         task=task,
         task_name=options.task,
         hold=hold,
-        source=f"{options.real}, {len(real)} clips, interval {real.frame_interval}" if paired else "",
+        source=_source(real) if paired else "",
+        vae=options.vae,
         steps=options.steps,
         cfg_scale=options.cfg_scale,
         seed=options.seed,
@@ -203,6 +216,13 @@ def draw_sets(options: EvaluateConfig, device: torch.device) -> Sets:
 def _cut_real(options: EvaluateConfig, frames: int, interval: int, size: tuple[int, int]) -> CutClips:
     span = (frames - 1) * interval + 1
     return CutClips(options.real, num_frames=frames, frame_interval=interval, stride=options.stride or span, size=size)
+
+
+def _source(real: CutClips) -> str:
+    """The real clips in a word: how many, and a digest of their places and of when their videos were changed."""
+    places = [(cut.video.name, cut.video.path.stat().st_mtime_ns, cut.start) for cut in real.cuts]
+    digest = hashlib.sha256(repr((places, real.frame_interval)).encode()).hexdigest()
+    return f"{len(real)} clips {digest[:16]}"
 
 
 def _limit_pairs(options: EvaluateConfig, real: CutClips, fake: CutClips) -> None:

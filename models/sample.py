@@ -19,7 +19,7 @@ from models.command_line import UsageError, one_line_errors, parse
 from models.config import NetworkConfig
 from models.data import contact_sheet, write_gif, write_mp4
 from models.sampling.codec import make_codec
-from models.sampling.draw import draw_clips, process_of, sampler_of
+from models.sampling.draw import check_finite, draw_clips, process_of, sampler_of
 from models.sampling.given import read_clip, read_images
 from models.sampling.network import load_network
 from models.sampling.options import MOTION_TASKS, SampleConfig, completed, make_folder, scales_of
@@ -93,10 +93,27 @@ def labels_of(options: SampleConfig, config: NetworkConfig) -> Tensor | None:
     return torch.full((options.num_clips,), options.label)
 
 
+def refuse_mixture(options: SampleConfig) -> None:
+    """Raise UsageError where --out holds clips of an earlier run that this one does not write again."""
+    kept = {path.name for path in Path(options.out).glob("clip_*.mp4")}
+    others = sorted(kept - {f"{name}.mp4" for name in clip_names(options.num_clips)})
+    if others:
+        raise UsageError(
+            f"--out {options.out} holds {len(others)} clips of another run ({others[0]}), which would stand among the "
+            f"{options.num_clips} of this one: choose another folder"
+        )
+
+
+def clip_names(count: int) -> list[str]:
+    """The names of files of clips, in whose order they sort."""
+    digits = max(3, len(str(count - 1)))
+    return [f"clip_{i:0{digits}d}" for i in range(count)]
+
+
 def write_clips(options: SampleConfig, clips: Sequence[Tensor]) -> None:
     """Write every clip, pixels (F, C, H, W), as MP4 and GIF."""
-    for i, clip in enumerate(clips):
-        path = Path(options.out) / f"clip_{i:03d}"
+    for name, clip in zip(clip_names(len(clips)), clips, strict=True):
+        path = Path(options.out) / name
         write_mp4(path.with_suffix(".mp4"), clip, fps=options.fps, zoom=options.zoom)
         write_gif(path.with_suffix(".gif"), clip, fps=options.fps, zoom=options.zoom)
 
@@ -158,6 +175,7 @@ def draw_from_noise(options: SampleConfig, device: torch.device) -> None:
         sampler=options.sampler if options.sampler != "auto" else sampler_of(config),
         **process_of(config, device),
     )
+    check_finite(clips)
     write_results(options, [codec.decode(clip) for clip in clips], hold, labels)
 
 
@@ -166,6 +184,7 @@ def draw_from_motion(options: SampleConfig, device: torch.device) -> None:
     from models.sampling.motion_tasks import draw_with_motion, sheet_rows
 
     rendered = draw_with_motion(options, device)
+    check_finite(rendered.clips)
     write_clips(options, list(rendered.clips))
     rows, captions, marks = sheet_rows(rendered, given=options.image is not None)
     contact_sheet(Path(options.out) / "sheet.png", rows, captions=captions, held=marks, zoom=options.zoom)
@@ -175,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; a mistake of the caller is one line and status 2."""
     with one_line_errors(PROG):
         options = parse(SampleConfig, sys.argv[1:] if argv is None else argv, f"python -m {PROG}")
+        refuse_mixture(options)
         draw = draw_from_motion if options.task in MOTION_TASKS else draw_from_noise
         draw(options, pick_device(options.device))
     print(f"{PROG}: wrote {options.num_clips} clips and sheet.png to {options.out}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """How sure a number is that was computed from a set of clips: the bootstrap over clips (Efron 1979)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,10 @@ LEVEL = 0.95  # of the confidence intervals
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, the interval that holds it with 95 % confidence, and its standard error where it has one of its own."""
+    """A number, the interval that holds it with 95 % confidence, and its standard error where it has one of its own.
+
+    The interval's ends are NaN where nothing is known of it.
+    """
 
     value: float
     low: float
@@ -19,10 +23,13 @@ class Estimate:
 
 
 def bootstrap_mean(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Estimate:
-    """The mean of one number a clip (N,), with the percentile interval of the means of clips drawn anew."""
+    """The mean of one number a clip (N,), with the percentile interval of the means of clips drawn anew.
+
+    There is none without resamples, of a single clip, or where a number is infinite.
+    """
     value = float(np.mean(values))
-    if resamples == 0 or not np.isfinite(values).all():
-        return Estimate(value, value, value)
+    if resamples == 0 or len(values) == 1 or not np.isfinite(values).all():
+        return Estimate(value, math.nan, math.nan)
     drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[drawn].mean(1), _tails())
     return Estimate(value, float(low), float(high))
@@ -48,7 +55,7 @@ def bootstrap_distance(
     """
     value = distance(real, fake)
     if resamples == 0:
-        return Estimate(value, value, value)
+        return Estimate(value, math.nan, math.nan)
     rng, values = np.random.default_rng(seed), []
     for _ in range(resamples):
         first = rng.integers(len(real), size=len(real))

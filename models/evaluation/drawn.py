@@ -12,13 +12,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models.array_files import write_array
-from models.command_line import UsageError, differences
+from models.command_line import UsageError, differences, to_dict
 from models.config import TrainConfig
 from models.data.frames import to_float, to_uint8
 from models.digest import sha256_of
 from models.networks import Network
 from models.sampling.codec import Codec
-from models.sampling.draw import draw_clips, sampler_of
+from models.sampling.draw import check_finite, draw_clips, process_of, sampler_of
 from vidkern.diffusion import Task, make_schedule
 
 _SETTINGS = "drawing.json"
@@ -26,7 +26,10 @@ _SETTINGS = "drawing.json"
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How clips are drawn. `source` names the real clips of a task that is given frames, else it is empty."""
+    """How clips are drawn. `source` names the real clips of a task that is given frames, else it is empty.
+
+    `vae` is the autoencoder that was asked for; None where it follows from the configuration.
+    """
 
     network: Network
     config: TrainConfig
@@ -35,6 +38,7 @@ class Drawing:
     task_name: str
     hold: Tensor
     source: str
+    vae: str | None
     steps: int
     cfg_scale: float | None
     seed: int
@@ -43,9 +47,10 @@ class Drawing:
 
     def settings(self) -> dict[str, Any]:
         """What the clips follow from, as plain values."""
-        names = ("task_name", "source", "steps", "cfg_scale", "seed")
+        names = ("task_name", "source", "vae", "steps", "cfg_scale", "seed")
         return {
             "weights": sha256_of(self.network.state_dict()),
+            "diffusion": to_dict(self.config.diffusion),
             "given": self.hold.nonzero()[:, 0].tolist(),
             **{name: getattr(self, name) for name in names},
         }
@@ -75,7 +80,7 @@ class DrawnClips(Dataset[Tensor]):
 def draw(folder: Path, drawing: Drawing, count: int, real: Dataset[Tensor] | None = None) -> DrawnClips:
     """Draw `count` clips into `folder`, but for those that are there; `real` gives the frames of a task that takes any.
 
-    Raises UsageError where the folder's clips were drawn in another way.
+    Raises UsageError where the folder's clips were drawn in another way, ValueError where a clip is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_settings(folder / _SETTINGS, drawing.settings())
@@ -96,7 +101,7 @@ def draw(folder: Path, drawing: Drawing, count: int, real: Dataset[Tensor] | Non
 def _draw(network: Network, drawing: Drawing, numbers: Tensor, known: Tensor | None) -> Tensor:
     """The clips with these numbers."""
     config, classes = drawing.config, drawing.config.network_config.num_classes
-    return draw_clips(
+    clips = draw_clips(
         network,
         make_schedule(config.diffusion.schedule, config.diffusion.num_steps, drawing.device),
         len(numbers),
@@ -108,12 +113,11 @@ def _draw(network: Network, drawing: Drawing, numbers: Tensor, known: Tensor | N
         known=known,
         task=drawing.task,
         cfg_scale=drawing.cfg_scale,
-        variance="learned_range" if config.network_config.learn_sigma else "fixed_small",
         sampler=sampler_of(config),
-        prediction=config.diffusion.prediction,
-        sharing=config.diffusion.noise,
-        base_weight=config.diffusion.noise_base_weight,
+        **process_of(config, drawing.device),
     )
+    check_finite(clips, first=int(numbers[0]))
+    return clips
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:

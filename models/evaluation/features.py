@@ -86,11 +86,13 @@ class FeatureExtractor:
 
 
 def check_clip(clip: Tensor) -> None:
-    """Raise ValueError unless the clip is (F, C, H, W) with C of 1 or 3 and frames enough for I3D."""
+    """Raise ValueError unless the clip is finite and (F, C, H, W) with C of 1 or 3 and frames enough for I3D."""
     if clip.ndim != 4 or clip.shape[1] not in (1, 3) or len(clip) < LEAST_FRAMES:
         raise ValueError(
             f"a clip must be (F, C, H, W) with F of at least {LEAST_FRAMES} and C of 1 or 3, got {tuple(clip.shape)}"
         )
+    if not clip.isfinite().all():
+        raise ValueError("a clip must be finite, got NaN or infinity")
 
 
 def to_i3d_input(videos: Tensor) -> Tensor:

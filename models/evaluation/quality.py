@@ -32,11 +32,14 @@ def frame_quality(real: Tensor, fake: Tensor, given: tuple[int, ...] = ()) -> Qu
     PSNR is 10 log10(255^2 / mean squared error) over all channels. SSIM is Wang et al.'s (2004): a Gaussian window of
     sigma 1.5 and 11 pixels, K1 = 0.01, K2 = 0.03, population covariances, averaged over the image and its channels.
 
-    `given` are the numbers of the frames that the network was given. Raises ValueError for clips of different shapes,
-    frames under 11 pixels, a given frame that is not there, or no frame left to compare.
+    `given` are the numbers of the frames that the network was given. Raises ValueError for clips of different shapes
+    or that are not finite, frames under 11 pixels, a given frame that is not there, or no frame left to compare.
     """
     if real.shape != fake.shape:
         raise ValueError(f"a real clip is {tuple(real.shape)}, its pair {tuple(fake.shape)}: want one shape")
+    for name, clip in (("real", real), ("fake", fake)):
+        if not clip.isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
     frames, _, *side = real.shape
     if min(side) < SMALLEST:
         raise ValueError(f"SSIM wants frames of at least {SMALLEST} x {SMALLEST} pixels, got {side[0]} x {side[1]}")

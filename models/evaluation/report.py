@@ -13,9 +13,11 @@ UNITS = {"fvd": "FVD", "kvd": "KVD", "ssim": "SSIM", "psnr": "PSNR (dB)"}
 
 
 def with_confidence(estimate: Estimate) -> str:
-    """A value and how sure it is: value ± standard error, or value [low, high]."""
+    """A value and how sure it is, as far as that is known: value ± standard error, or value [low, high]."""
     if estimate.error is not None:
         return f"{number(estimate.value)} ± {number(estimate.error)}"
+    if math.isnan(estimate.low):
+        return number(estimate.value)
     return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
 
 

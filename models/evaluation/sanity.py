@@ -8,6 +8,7 @@ is and distorted, takes the place of generated clips. Writes table.md and result
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -122,7 +123,8 @@ def table(results: Mapping[str, Mapping[str, Estimate]]) -> str:
     lines = ["| set, against half A | FVD [95 %] | KVD ± standard error |", "|---|---|---|"]
     for name, row in results.items():
         fvd, kvd = row["fvd"], row["kvd"]
-        lines.append(f"| {name} | {fvd.value:.1f} [{fvd.low:.1f}, {fvd.high:.1f}] | {with_confidence(kvd)} |")
+        interval = "" if math.isnan(fvd.low) else f" [{fvd.low:.1f}, {fvd.high:.1f}]"
+        lines.append(f"| {name} | {fvd.value:.1f}{interval} | {with_confidence(kvd)} |")
     return "\n".join(lines)
 
 

@@ -135,6 +135,14 @@ def _noise_like_first(window: Tensor, level: float, settings: Mapping[str, Any])
     return image_to_video.frame_init(window[:, 0], noise, settings["schedule"], level=level)
 
 
+def check_finite(clips: Tensor, first: int = 0) -> None:
+    """Raise ValueError that names the clips (count, ...) which hold NaN or infinity; number `first` is the first."""
+    broken = [first + i for i, clip in enumerate(clips) if not clip.isfinite().all()]
+    if broken:
+        numbers = ", ".join(map(str, broken[:6])) + (", ..." if len(broken) > 6 else "")
+        raise ValueError(f"{len(broken)} of {len(clips)} clips hold NaN or infinity ({numbers}): nothing can be shown")
+
+
 def process_of(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """What `vidkern.diffusion.sample` must know of the process that a run learnt."""
     return {

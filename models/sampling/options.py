@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from models.command_line import LARGEST_SEED, UsageError, check_range
+from models.command_line import LARGEST_SEED, UsageError, check_finite_number, check_range
 from models.config import NetworkConfig, TrainConfig
 
 #: Tasks that render motion with S2DM.
@@ -130,6 +130,8 @@ def completed(options: SampleConfig, config: TrainConfig) -> SampleConfig:
         check_range(name, getattr(options, name), 1, limits.get(name, math.inf))
     check_range("seed", options.seed, 0, LARGEST_SEED)
     check_range("eta", options.eta, 0, 1)
+    if options.cfg_scale is not None:
+        check_finite_number("cfg_scale", options.cfg_scale)
     if options.frame_init is not None:
         check_range("frame_init", options.frame_init, 0.001, 1)
     return options
@@ -146,6 +148,7 @@ def scales_of(options: SampleConfig, network: NetworkConfig, prefix: str = "cfg_
     for name in given:
         if name not in network.conditions:
             raise UsageError(f"--{prefix}{name}: the network takes no {name}")
+        check_finite_number(f"{prefix}{name}", given[name])
     return {name: given[name] for name in network.conditions if name in given}
 
 

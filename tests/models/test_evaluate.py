@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from models import evaluate
+from models import evaluate, sample
 from models.command_line import from_dict, to_dict
 from models.config import TrainConfig
+from models.data.frames import to_uint8
 from models.data.write import write_gif, write_mp4
 from models.evaluation import features, report, sanity
 from models.evaluation.clips import CutClips
 from models.latte import Latte
+from models.networks import build_network
 from models.training import checkpointing
 from tests.models.clip_files import shown, write_numbered
 
@@ -144,6 +146,64 @@ def test_a_checkpoint_is_drawn_from_once(checkpoint: Path, videos: Path, tmp_pat
         run(tmp_path, *options, "--seed", 1)
 
 
+def test_clips_are_kept_for_the_same_real_ones_only(
+    checkpoint: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many other clips of the same videos are other first frames, which the kept clips do not have."""
+    options = ["--real", videos / "real", "--checkpoint", checkpoint, "--steps", 2, "--task", "image-to-video"]
+    options += ["--metrics", "psnr", "--num_clips", 6]
+    run(tmp_path, *options)
+    assert run(tmp_path, *options, "--batch_size", 5)["notes"] == ["given frames, not counted: 6 of 6 equal bit by bit"]
+    with pytest.raises(SystemExit):
+        run(tmp_path, *options, "--stride", 11)
+    assert "has clips drawn in another way (source: 6 clips" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("noise", [{"noise": "shared"}, {"noise": "mixed", "noise_base_weight": 0.5}])
+def test_clips_are_drawn_as_by_sample(
+    noise: dict[str, Any], videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VideoFusion's middle frame is its base noise alone, in an evaluation too."""
+    network = "videofusion" if noise["noise"] == "mixed" else "latte"
+    values = {"network": network, "model": {**MODEL, "num_frames": FRAMES, "learn_sigma": False}, "diffusion": noise}
+    config = from_dict(TrainConfig, values)
+    weights = build_network(config).state_dict()
+    path = checkpointing.save(tmp_path, 1, {"step": 1, "config": to_dict(config), "ema": weights}, keep=1)
+    run(
+        tmp_path / "a",
+        "--real",
+        videos / "real",
+        "--checkpoint",
+        path,
+        "--steps",
+        2,
+        "--num_clips",
+        2,
+        "--metrics",
+        "fvd",
+    )
+    written: list[torch.Tensor] = []
+    monkeypatch.setattr(sample, "write_results", lambda _, clips, *rest: written.extend(clips))
+    options = ["--checkpoint", path, "--steps", 2, "--num_clips", 2, "--out", tmp_path / "b", "--device", "cpu"]
+    assert sample.main(list(map(str, options))) == 0
+    for i, clip in enumerate(written):
+        assert np.array_equal(np.load(tmp_path / f"a/clips/{i:06d}.npy"), to_uint8(clip).numpy())
+
+
+def test_a_network_that_diverged_is_told(checkpoint: Path, videos: Path, tmp_path: Path) -> None:
+    state = checkpointing.load(checkpoint / "checkpoints/step_00000001.pt")
+    state["ema"]["final_layer.linear.bias"] = torch.full_like(state["ema"]["final_layer.linear.bias"], torch.nan)
+    path = checkpointing.save(tmp_path, 2, state, keep=1)
+    with pytest.raises(ValueError, match=r"2 of 2 clips hold NaN or infinity \(0, 1\)"):
+        evaluate.draw_sets(
+            evaluate.EvaluateConfig(
+                str(videos / "real"), checkpoint=str(path), num_clips=2, steps=2, out=str(tmp_path)
+            ),
+            torch.device("cpu"),
+        )
+    assert not list(tmp_path.rglob("*.npy"))
+
+
 def test_given_frames_of_drawn_clips_are_kept_bit_by_bit(checkpoint: Path, videos: Path, tmp_path: Path) -> None:
     options = ["--real", videos / "real", "--checkpoint", checkpoint, "--steps", 2, "--task", "interpolation"]
     found = run(tmp_path, *options, "--metrics", "psnr", "ssim", "fvd")
@@ -159,6 +219,9 @@ def test_given_frames_of_drawn_clips_are_kept_bit_by_bit(checkpoint: Path, video
         (["--fake", "x", "--metrics", "ssim"], "ssim compare pairs: give --pairs with --fake"),
         (["--fake", "x", "--given", "0"], "--given goes with --pairs or with --task given-frames"),
         (["--fake", "x", "--task", "interpolation"], "--task is for --checkpoint"),
+        (["--fake", "x", "--steps", "20"], "--steps is for --checkpoint"),
+        (["--fake", "x", "--vae", "y"], "--vae is for --checkpoint"),
+        (["--checkpoint", "x", "--cfg_scale", "nan"], "--cfg_scale wants a finite number, got nan"),
         (["--fake", "x", "--num_frames", "8"], "--num_frames wants at least 9, got 8"),
         (["--fake", "x", "--size", "1", "2", "3"], "--size wants a side, or height and width, got 1 2 3"),
         (["--checkpoint", "x", "--size", "32"], "frames and size from the network"),

@@ -11,6 +11,7 @@ from scipy.ndimage import gaussian_filter
 from models.evaluation.bootstrap import bootstrap_distance, bootstrap_mean
 from models.evaluation.distances import frechet_distance, kernel_distance
 from models.evaluation.quality import frame_quality
+from models.evaluation.report import with_confidence
 
 
 def samples(count: int, mean: np.ndarray, root: np.ndarray, seed: int) -> np.ndarray:
@@ -126,6 +127,19 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
     assert bootstrap_mean(np.array([30.0, np.inf])).value == np.inf
 
 
+def test_of_one_clip_or_without_resamples_no_interval_is_known() -> None:
+    values = np.array([3.0, 4.0])
+    unknown = [
+        bootstrap_mean(values[:1]),
+        bootstrap_mean(values, resamples=0),
+        bootstrap_mean(np.array([3.0, np.inf])),
+        bootstrap_distance(frechet_distance, values[:, None], values[::-1, None], resamples=0),
+    ]
+    assert [estimate.value for estimate in unknown] == [3.0, 3.5, np.inf, 0.0]
+    assert all(np.isnan(estimate.low) and np.isnan(estimate.high) for estimate in unknown)
+    assert [with_confidence(estimate) for estimate in unknown] == ["3.000", "3.500", "inf", "0"]
+
+
 def test_the_interval_of_a_distance_is_as_wide_as_the_distance_varies() -> None:
     rng = np.random.default_rng(2)
 
@@ -145,7 +159,7 @@ def test_a_set_is_sure_to_have_no_distance_from_itself() -> None:
     features = np.random.default_rng(0).standard_normal((20, 5))
     found = bootstrap_distance(frechet_distance, features, features, paired=True)
     assert 0 <= found.low <= found.high < 1e-12
-    assert bootstrap_distance(frechet_distance, features, features + 1, resamples=0).high == pytest.approx(5)
+    assert bootstrap_distance(frechet_distance, features, features + 1, resamples=0).value == pytest.approx(5)
 
 
 def test_psnr_and_ssim_of_flat_frames() -> None:
@@ -160,6 +174,9 @@ def test_psnr_and_ssim_of_flat_frames() -> None:
         [(2 * a * b + c1) / (a * a + b * b + c1), 1, (2 * a * b + c1) / (a * a + b * b + c1)]
     )
     assert found.made.tolist() == [True, False, True]
+    fake[2, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match="fake must be finite, got NaN or infinity"):
+        frame_quality(real, fake)
 
 
 def test_ssim_is_wangs() -> None:

@@ -167,6 +167,8 @@ def test_clips_that_i3d_cannot_take_are_refused(small: Small, tmp_path: Path) ->
     for shape in [(8, 3, 4, 4), (9, 2, 4, 4), (3, 4, 4)]:
         with pytest.raises(ValueError, match=r"a clip must be \(F, C, H, W\) with F of at least 9 and C of 1 or 3"):
             extractor([torch.ones(shape)])
+    with pytest.raises(ValueError, match="a clip must be finite"):
+        extractor([torch.full((9, 3, 4, 4), torch.nan)])
 
 
 def test_frames_are_resized_by_linear_interpolation_between_pixel_centres() -> None:

@@ -300,6 +300,7 @@ def test_an_interrupt_is_one_line(
         (["--class", "4"], "--class wants a number from 0 to 3, got 4"),
         (["--steps", "2000"], "--steps wants from 1 to 1000, got 2000"),
         (["--task", "long-video", "--overlap", "8"], "--overlap wants from 1 to 7, got 8"),
+        (["--cfg_scale", "inf"], "--cfg_scale wants a finite number, got inf"),
         (["--eta", "2"], "--eta wants from 0 to 1, got 2.0"),
         (["--seed", str(2**63)], f"--seed wants from 0 to {2**63 - 1}, got {2**63}"),
         (["--out", "not.png"], "--out not.png: File exists"),
@@ -325,6 +326,28 @@ def test_mistakes_are_one_line(
     assert said.startswith(f"models.sample: error: {message}")
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_clips_of_two_runs_do_not_mix(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """models.evaluate would take the leftovers of the longer run for clips of the shorter one."""
+    argv = ["--checkpoint", str(run_dir), "--out", str(tmp_path), *QUICK]
+    assert sample.main([*argv, "--num_clips", "3"]) == 0
+    assert sample.main([*argv, "--num_clips", "3", "--seed", "1"]) == 0
+    with pytest.raises(SystemExit):
+        sample.main([*argv, "--num_clips", "2"])
+    assert "holds 1 clips of another run (clip_002.mp4), which would stand among the 2" in capsys.readouterr().err
+    assert sample.clip_names(1001)[::1000] == ["clip_0000", "clip_1000"]  # in the order of their names
+
+
+def test_a_network_that_diverged_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {"step": 1, "config": to_dict(settings()), "ema": weights_of(settings(), 1)}
+    state["ema"]["final_layer.linear.bias"][0] = torch.nan
+    path = checkpointing.save(tmp_path, 1, state, keep=1)
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--checkpoint", str(path), "--out", str(tmp_path / "out"), *QUICK])
+    assert stopped.value.code == 2
+    assert "clips hold NaN or infinity (0" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_checkpoint_of_another_size_names_keys_and_shapes(
