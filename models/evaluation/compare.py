@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import t as student
 
-from models.evaluation.bootstrap import Estimate, bootstrap_distance
-from models.evaluation.distances import frechet_distance, kernel_distance
+from models.evaluation.bootstrap import LEVEL, Estimate, bootstrap_distance
+from models.evaluation.distances import default_blocks, frechet_distance, kernel_distance
 
 METRICS = ("fvd", "kvd")
-
-_DEVIATIONS = 1.96  # of a normal distribution, on either side of 95 %
 
 
 def compare(
@@ -23,7 +22,8 @@ def compare(
 ) -> dict[str, Estimate]:
     """The metrics named, of features (N, D) and (M, D); see frechet_distance, kernel_distance, bootstrap_distance.
 
-    `paired`: clip i of both sets belongs together. One set compared with itself is paired in any case.
+    `paired`: clip i of both sets belongs together. One set compared with itself is paired in any case. The interval of
+    KVD is Student's, of a mean over so few blocks.
     """
     results = {}
     if "fvd" in metrics:
@@ -31,5 +31,7 @@ def compare(
         results["fvd"] = bootstrap_distance(frechet_distance, real, fake, paired=paired, resamples=resamples, seed=seed)
     if "kvd" in metrics:
         value, error = kernel_distance(real, fake, seed=seed)
-        results["kvd"] = Estimate(value, value - _DEVIATIONS * error, value + _DEVIATIONS * error, error)
+        blocks = default_blocks(min(len(real), len(fake)))
+        reach = float(student.ppf((1 + LEVEL) / 2, blocks - 1)) * error
+        results["kvd"] = Estimate(value, value - reach, value + reach, error)
     return results

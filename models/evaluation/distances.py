@@ -50,7 +50,7 @@ def kernel_distance(
     """
     real, fake = _check(real, fake)
     count = min(len(real), len(fake))
-    blocks = min(_BLOCKS, max(count // _BLOCK_SIZE, 2)) if blocks is None else blocks
+    blocks = default_blocks(count) if blocks is None else blocks
     if not 2 <= blocks <= count // 2:
         raise ValueError(f"a kernel distance wants at least 2 blocks of at least 2 samples, got {blocks} of {count}")
     order = np.random.default_rng(seed).permutation(max(len(real), len(fake)))
@@ -58,6 +58,11 @@ def kernel_distance(
     size = count // blocks
     estimates = [_mmd2(real[i : i + size], fake[i : i + size]) for i in range(0, blocks * size, size)]
     return float(np.mean(estimates)), float(np.std(estimates, ddof=1) / np.sqrt(blocks))
+
+
+def default_blocks(count: int) -> int:
+    """Blocks of a kernel distance of `count` samples."""
+    return min(_BLOCKS, max(count // _BLOCK_SIZE, 2))
 
 
 def _mmd2(x: np.ndarray, y: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from models.evaluation.bootstrap import bootstrap_distance, bootstrap_mean
+from models.evaluation.compare import compare
 from models.evaluation.distances import frechet_distance, kernel_distance
 from models.evaluation.quality import frame_quality
 from models.evaluation.report import with_confidence
@@ -86,6 +87,17 @@ def test_kernel_distance_is_unbiased_and_its_error_is_right(shift: float) -> Non
     wanted = own + other - 2 * cross
     assert abs(values.mean() - wanted) < 3 * values.std() / np.sqrt(len(values))
     assert np.sqrt((errors**2).mean()) / values.std() == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize(("count", "width"), [(20, 10), (60, 8)])
+def test_the_interval_of_a_kernel_distance_holds_the_truth_as_often_as_it_says(count: int, width: int) -> None:
+    """Between two samples of one distribution, which 4 and 10 blocks tell apart with very different certainty."""
+    rng, held = np.random.default_rng(0), 0
+    for seed in range(200):
+        real, fake = rng.standard_normal((2, count, width))
+        found = compare(real, fake, ["kvd"], seed=seed)["kvd"]
+        held += found.low <= 0 <= found.high
+    assert 0.92 <= held / 200 <= 0.99
 
 
 def test_sets_of_different_sizes_are_cut_to_the_smaller() -> None:
