@@ -1,6 +1,7 @@
 """Shows that the noise is the same bits everywhere and normal, and renders the tables of docs/noise.md.
 
-python -m benchmarks.noise_quality --measure --into docs/noise.md
+python -m benchmarks.noise_quality --measure --into docs/noise.md     all of it: an hour on two cores
+python -m benchmarks.noise_quality --launches --into docs/noise.md    the launches anew: minutes
 """
 
 import argparse
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import launches
-from benchmarks.environment import default_device, environment
+from benchmarks.environment import default_device, device_name, environment
 from benchmarks.report import markdown, put_into
-from models.latte import LatteConfig
+from benchmarks.steps.variants import Setting
 from tests.ops.backends import Kernels, kernels_of
 from vidkern.diffusion import make_schedule
 from vidkern.ops.noise import generator
@@ -31,7 +32,9 @@ SHARING = ("independent", "shared", "mixed", "progressive")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = ("epsilon", "v", "flow")
 BODY = 4.0  # the radius where the tail begins
-QUICK_LATTE = LatteConfig(input_size=8, hidden_size=64, depth=2, num_heads=2, num_frames=3, num_classes=101)
+QUICK_LATTE = Setting(
+    "Latte-S/2", 2, (("input_size", 8), ("hidden_size", 64), ("depth", 2), ("num_heads", 2), ("num_frames", 3))
+)
 
 
 # ---- the same bits on every backend
@@ -273,8 +276,13 @@ def measure(quick: bool) -> dict[str, Any]:
         "equality": list(equality(1, DTYPES[:1]) if quick else equality(CASES, DTYPES)),
         "statistics": [statistic._asdict() for statistic in statistics.statistics(counts)],
         "polynomials": polynomials(10**4 if quick else 10**7),
-        "launches": launches.measure(QUICK_LATTE, parts=2) if quick else launches.measure(),
+        "launches": counted_launches(quick),
     }
+
+
+def counted_launches(quick: bool) -> dict[str, Any]:
+    """Return the launches of steps, or of their first two parts."""
+    return launches.measure(QUICK_LATTE, parts=2) if quick else launches.measure()
 
 
 def report(record: dict[str, Any]) -> str:
@@ -341,15 +349,21 @@ def _polynomial_table(rows: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 1 where a case has other bits than the definition."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.noise_quality", description=__doc__)
-    parser.add_argument("--measure", action="store_true", help="measure on this machine first")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--measure", action="store_true", help="measure on this machine first")
+    what.add_argument(
+        "--launches", action="store_true", help="count the launches anew, and keep the rest measured here"
+    )
     parser.add_argument("--quick", action="store_true", help="measure a little of everything")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="the folder that holds <device>.json")
     parser.add_argument("--into", type=Path, metavar="PAGE", help="write between the markers of this page")
     options = parser.parse_args(arguments)
-    if options.measure:
-        record = measure(options.quick)
+    if options.measure or options.launches:
         options.folder.mkdir(exist_ok=True)
-        path = options.folder / f"{record['environment']['device']}.json"
+        path = options.folder / f"{device_name(default_device())}.json"
+        record = measure(options.quick) if options.measure else json.loads(path.read_text())
+        if options.launches:
+            record["launches"] = counted_launches(options.quick)
         path.write_text(json.dumps(record, indent=1) + "\n")
     records = [json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))]
     rendered = "\n\n".join(map(report, records))

@@ -47,6 +47,11 @@ class PlainTraining:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = self.diffusion.loss(model, x0, t, y)
         loss.backward()
+        self.update()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Clip the gradients, step, forget them, and move the average."""
         with part(OPTIMISER):
             nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
             self.optimiser.step()
@@ -54,7 +59,6 @@ class PlainTraining:
         with part(EMA), torch.no_grad():
             for name, parameter in self.parameters.items():
                 self.averaged[name].mul_(self.decay).add_(parameter.data, alpha=1 - self.decay)
-        return loss.detach()
 
     def _timesteps(self, x0: Tensor, per_frame: bool) -> Tensor:
         steps = len(self.diffusion.tables["abar"])

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.ceilings import product_seconds
 from benchmarks.environment import gpu_state
 from benchmarks.harness import energy
-from benchmarks.launches import Counter
+from benchmarks.launches import launches
 from benchmarks.memory import noted_peak, peak_bytes
 from benchmarks.steps.flops import flops_of
 from benchmarks.steps.parts import parts_of, split
@@ -32,9 +32,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 TF32_TOLERANCE = 1e-2
 
 
-def measure(
-    setting: Setting, task: str, device: torch.device, compiled: bool = True
-) -> tuple[dict[str, Any], dict[str, list[float]]]:
+def measure(setting: Setting, task: str, device: torch.device) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Return a setting's result as it goes into the run's JSON, and every sample of every variant.
 
     In a result "seconds" are those of a training step, or of a DDIM run of DDIM_STEPS.
@@ -58,7 +56,7 @@ def measure(
     for name, variant in variants.items():
         admit(name, variant, calls[name])
     for way in [_compiled(results, variants, ours) for ours in (False, True)]:
-        if way is not None and compiled:
+        if way is not None:
             variants[way.name] = made.make(way)
             calls[way.name] = call_of(variants[way.name], setting, task, steps, device)
             admit(way.name, variants[way.name], calls[way.name])
@@ -74,7 +72,7 @@ def measure(
             joules = energy([calls[name]], device)
             results[name]["joules"] = None if joules is None else joules * scale
     admitted = {name: variant for name, variant in variants.items() if name in timed}
-    for name, count in launches(admitted, setting, task, device).items():
+    for name, count in launches_of(admitted, setting, task, device).items():
         results[name]["launches"] = count
     mine = [name for name in results if variants[name].way.ours]
     eager = [name for name in mine if not variants[name].way.compiled]
@@ -232,7 +230,7 @@ def saved_bytes(variant: Variant, setting: Setting, device: torch.device) -> flo
     return total / setting.config.depth
 
 
-def launches(variants: Mapping[str, Variant], setting: Setting, task: str, device: torch.device) -> dict[str, int]:
+def launches_of(variants: Mapping[str, Variant], setting: Setting, task: str, device: torch.device) -> dict[str, int]:
     """Return each eager variant's launches in a training step or in a DDIM step, by its name.
 
     They are those that the profiler sees on a GPU; without one, the operators that do work as they are dispatched (of
@@ -247,9 +245,5 @@ def launches(variants: Mapping[str, Variant], setting: Setting, task: str, devic
             continue
         call = call_of(variant, setting, task, 1, device)
         call()
-        counter = Counter(device)
-        counter.start()
-        call()
-        counter.stop()
-        found[name] = counter.count
+        found[name] = launches(call, device).total()
     return found

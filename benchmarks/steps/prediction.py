@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.launches import UNINITIALISED
+from benchmarks.launches import UNINITIALISED, written
 from benchmarks.steps.flops import ATTENTION_FLOPS
 from benchmarks.steps.parts import DIFFUSION, OTHER, open_part, part_by_name, parts_of
 from benchmarks.steps.variants import TRAINING, Setting, Variant, Variants, Way
@@ -75,8 +75,8 @@ class Recorded(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func.namespace in ("aten", "vidkern") and not func.is_view and func._opname not in NO_WORK:
             tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-            written = _written(func, args, kwargs)
-            moved = sum(map(_nbytes, {id(t): t for t in tensors}.values())) + sum(map(_nbytes, written))
+            changed = written(func, args, kwargs)  # they have been read too
+            moved = sum(map(_nbytes, {id(t): t for t in tensors}.values())) + sum(map(_nbytes, changed))
             half = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
             self.works.append(Work(name, moved, _flops(func, args, kwargs, out), half))
         return out
@@ -90,14 +90,6 @@ class Recorded(TorchDispatchMode):
             inside = open_part() or DIFFUSION
             self._made_in.setdefault(torch.autograd._get_sequence_nr() - 1, inside)
         return part_by_name(func._schema.name) or inside
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the arguments that an operator writes, which it has read too."""
-    schema = func._schema.arguments
-    values = {argument.name: value for argument, value in zip(schema, args, strict=False)} | kwargs
-    changed = [values.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write]
-    return [leaf for leaf in tree_leaves(changed) if isinstance(leaf, Tensor)]
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -39,6 +39,16 @@ def test_the_page_has_every_table(page):
     assert "| noise and loss " in text
 
 
+def test_launches_are_counted_anew_without_the_rest(page, tmp_path):
+    stale = page[1] | {"launches": {"commit": "old", "network": "", "counted_by": "", "steps": []}}
+    path = tmp_path / f"{stale['environment']['device']}.json"
+    path.write_text(json.dumps(stale))
+    assert noise_quality.main(["--launches", "--quick", "--folder", str(tmp_path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["launches"]["steps"] == page[1]["launches"]["steps"]
+    assert found | {"launches": None} == page[1] | {"launches": None}
+
+
 def test_every_backend_has_the_definitions_bits(page):
     rows = page[1]["equality"]
     assert {row["backend"] for row in rows} == {"cpu", "triton", "cuda"}
