@@ -5,6 +5,7 @@ newest GPU run under results/ shows it, or before there is one the target that i
 """
 
 import argparse
+import functools
 import math
 import statistics
 import sys
@@ -21,9 +22,9 @@ from benchmarks.results import RESULTS, Run, read_runs
 from benchmarks.shapes import Tokens, video_tokens
 from benchmarks.steps import forecast
 from benchmarks.steps.prediction import Machine
+from models.latte import latte
 
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
-BYTES = 2  # of an element: the tables are for bfloat16
 FLOAT = 4
 #: Seconds from the end of one kernel to the first loads of the next, in a CUDA graph: an assumption.
 LAUNCH_SECONDS = 2e-6
@@ -46,9 +47,9 @@ class Device:
 
 
 DEVICES = [
-    Device.of_datasheet("A100", 2039, 312, modulation=0.88, attention=0.80),
-    Device.of_datasheet("RTX A6000", 768, 155, modulation=0.88, attention=0.80),
-    Device.of_datasheet("H200", 4800, 989, modulation=0.90, attention=0.85),
+    Device.of_datasheet("A100", 2039, 312, modulation=0.88, attention=0.80, activation=0.88, optimizer=0.88),
+    Device.of_datasheet("RTX A6000", 768, 155, modulation=0.88, attention=0.80, activation=0.88, optimizer=0.88),
+    Device.of_datasheet("H200", 4800, 989, modulation=0.90, attention=0.85, activation=0.90, optimizer=0.90),
 ]
 
 
@@ -71,12 +72,33 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator of a family: the shape that it sees of an activation, and the costs of its passes there."""
+    """An operator of a family: the shapes that it is predicted for, by name, and the costs of its passes there."""
 
     family: str
     name: str
-    shape: Callable[[Tokens], Shape]
+    shapes: Callable[[], dict[str, Shape]]
     cost: Callable[[Shape, int, bool], Cost]  # of a shape, bytes an element, whether it is the backward pass
+    dtype: torch.dtype = torch.bfloat16
+    differentiable: bool = True
+
+    @property
+    def passes(self) -> list[bool]:
+        """Whether each of its passes is the backward one."""
+        return [False, True] if self.differentiable else [False]
+
+    @property
+    def precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def of_tokens(shape: Callable[[Tokens], Shape], prefix: str = "") -> Callable[[], dict[str, Shape]]:
+    """Return the shapes that an operator sees of the GPU's activations whose names begin so."""
+
+    def shapes() -> dict[str, Shape]:
+        every = video_tokens(torch.device("cuda")).values()
+        return {tokens.name: shape(tokens) for tokens in every if tokens.name.startswith(prefix)}
+
+    return shapes
 
 
 # --- modulation ---
@@ -104,7 +126,7 @@ def modulation(name: str, passes: tuple[int, int], vectors: int, statistics_: in
         partial = vector * runs_of_a_frame(shape) * FLOAT  # written, and read by the second kernel
         return Cost(moved + read * vector * e + vectors * (2 * partial + vector * FLOAT), launches=2)
 
-    return Operator("modulation", name, lambda tokens: tokens.shape, cost)
+    return Operator("modulation", name, of_tokens(lambda tokens: tokens.shape), cost)
 
 
 # --- attention ---
@@ -124,13 +146,83 @@ def temporal_attention_cost(shape: Shape, e: int, backward: bool) -> Cost:
     return Cost(passes * elements * e, products * 2 * elements * f)
 
 
+# --- activation ---
+
+#: An MLP's inner width over D.
+RATIO = 4
+
+
+def inner_shape(tokens: Tokens) -> Shape:
+    """Return (B, F, N, I) of the activation inside an MLP."""
+    return (*tokens.shape[:-1], RATIO * tokens.channels)
+
+
+def gelu_cost(shape: Shape, e: int, backward: bool) -> Cost:
+    """Return 2Y forward and 3Y backward."""
+    return Cost((3 if backward else 2) * math.prod(shape) * e)
+
+
+def runs_of_rows(rows: int, width: int) -> int:
+    """Return into how many runs the CUDA kernels cut rows whose columns they sum."""
+    length, blocks_of_a_row = 64, math.ceil(width / 2048)
+    while length > 8 and math.ceil(rows / length) * blocks_of_a_row < 1000:
+        length //= 2
+    return math.ceil(rows / length)
+
+
+def gelu_in_mlp_cost(shape: Shape, e: int, backward: bool) -> Cost:
+    """Return 2Y forward; backward 4Y, since GELU is computed again, and the sums that are the first bias's gradient."""
+    if not backward:
+        return gelu_cost(shape, e, backward)
+    rows, width = math.prod(shape[:-1]), shape[-1]
+    partial = runs_of_rows(rows, width) * width * FLOAT  # written, and read by the second kernel
+    return Cost(4 * rows * width * e + 2 * partial + width * FLOAT, launches=2)
+
+
+# --- optimizer ---
+
+
+@functools.cache
+def parameter_counts() -> dict[str, Shape]:
+    """Return the trained parameters of networks, all in one."""
+    with torch.device("meta"):
+        networks = {name: latte(name) for name in ("Latte-XL/2", "Latte-B/2", "Latte-S/2")}
+    return {name: (sum(p.numel() for p in net.parameters() if p.requires_grad),) for name, net in networks.items()}
+
+
+def foreach_launches(count: int) -> int:
+    """Return the launches of one of PyTorch's operators on lists: up to 320 blocks of 65536 elements each."""
+    return math.ceil(count / (320 * 65536))
+
+
+def one_pass_cost(shape: Shape, e: int, backward: bool) -> Cost:
+    """Return the norm, which reads g; then p, g, m, v and the average read, and all but g written."""
+    (count,) = shape
+    return Cost(10 * count * e, launches=foreach_launches(count) + 1)
+
+
+def fused_adamw_cost(shape: Shape, e: int, backward: bool) -> Cost:
+    """Return the norm; clipping (g read and written), fused AdamW (p, g, m, v; p, m, v), lerp (p, average; average)."""
+    (count,) = shape
+    return Cost((1 + 2 + 7 + 3) * count * e, launches=4 * foreach_launches(count))
+
+
+def optimizer(name: str, cost: Callable[[Shape, int, bool], Cost]) -> Operator:
+    """Return a way to take the optimiser's step of a whole network in float32."""
+    return Operator("optimizer", name, parameter_counts, cost, torch.float32, differentiable=False)
+
+
 OPERATORS = [
     modulation("layer_norm_modulate", (2, 3), 2, 2),
     modulation("rms_norm_modulate", (2, 3), 2, 1),
     modulation("gate_residual", (3, 3), 1, 0),
     modulation("gate_residual_modulate", (4, 6), 3, 2),
     modulation("gate_residual_rms_modulate", (4, 6), 3, 1),
-    Operator("attention", "temporal_attention_packed", qkv_shape, temporal_attention_cost),
+    Operator("attention", "temporal_attention_packed", of_tokens(qkv_shape), temporal_attention_cost),
+    Operator("activation", "gelu_tanh", of_tokens(inner_shape, "Latte"), gelu_cost),
+    Operator("activation", "gelu_mlp, beside its products", of_tokens(inner_shape, "Latte"), gelu_in_mlp_cost),
+    optimizer("adamw_ema_", one_pass_cost),
+    optimizer("clip, fused AdamW, foreach lerp", fused_adamw_cost),
 ]
 FAMILIES = sorted({operator.family for operator in OPERATORS})
 
@@ -139,7 +231,7 @@ FAMILIES = sorted({operator.family for operator in OPERATORS})
 
 
 def measured_efficiency(operator: Operator, backward: bool, runs: Iterable[Run]) -> tuple[float, str] | None:
-    """Return (efficiency, device) of the newest run of an operator in bfloat16 on a GPU, or None.
+    """Return (efficiency, device) of the newest run of an operator in its dtype on a GPU, or None.
 
     It is the median over its shapes of the time predicted from the run's own ceilings over the time measured; with
     ``backward``, of forward and backward together, as they are measured.
@@ -151,7 +243,7 @@ def measured_efficiency(operator: Operator, backward: bool, runs: Iterable[Run])
         found = [
             _efficiency(operator, result, run.ceilings)
             for result in run.results
-            if (result["operator"], result["passes"], result["dtype"]) == (operator.name, wanted, "bfloat16")
+            if (result["operator"], result["passes"], result["dtype"]) == (operator.name, wanted, operator.precision)
             if result["traffic_bytes"] and result["ours"] != "ours:reference"
             if "seconds" in result["variants"][result["ours"]]
         ]
@@ -164,7 +256,7 @@ def _efficiency(operator: Operator, result: dict[str, Any], ceilings: dict[str, 
     copy, product = ceilings["copy_gigabytes_per_second"] * 1e9, ceilings["product_teraflops"] * 1e12
     device = Device("measured", copy, product, {})
     passes = [False, True] if result["passes"] == "forward+backward" else [False]
-    costs = [operator.cost(tuple(result["shape"]), BYTES, backward) for backward in passes]
+    costs = [operator.cost(tuple(result["shape"]), operator.dtype.itemsize, backward) for backward in passes]
     return sum(cost.seconds(device, 1.0) for cost in costs) / result["variants"][result["ours"]]["seconds"]
 
 
@@ -219,24 +311,25 @@ def draw_steps(folder: Path, runs: Sequence[Run]) -> None:
 
 
 def table(family: str, runs: Sequence[Run]) -> str:
-    """Return a family's predictions for bfloat16: what they rest on, and a row for each operator and shape."""
+    """Return a family's predictions: what they rest on, and a row for each operator and shape."""
     operators = [operator for operator in OPERATORS if operator.family == family]
-    found = {(op.name, back): measured_efficiency(op, back, runs) for op in operators for back in (False, True)}
+    found = {(op.name, back): measured_efficiency(op, back, runs) for op in operators for back in op.passes}
     rows = []
     for operator in operators:
-        for tokens in video_tokens(torch.device("cuda")).values():
-            costs = [operator.cost(operator.shape(tokens), BYTES, backward) for backward in (False, True)]
+        for name, shape in operator.shapes().items():
+            costs = [operator.cost(shape, operator.dtype.itemsize, backward) for backward in operator.passes]
             cells = [" / ".join(f"{cost.bytes / 1e6:.1f}" for cost in costs)]
             for device in DEVICES:
-                efficiencies = [(found[operator.name, back] or [device.targets[family]])[0] for back in (False, True)]
+                efficiencies = [(found[operator.name, b] or [device.targets[family]])[0] for b in operator.passes]
                 times = [cost.seconds(device, eff) for cost, eff in zip(costs, efficiencies, strict=True)]
                 cells.append(" / ".join(f"{time * 1e3:.3f}" for time in times))
-            rows.append([operator.name, f"{tokens.name} {operator.shape(tokens)}", *cells])
+            rows.append([operator.name, f"{name} {shape}", *cells])
     header = ["operator", "shape", "MB", *(f"{device.name}, predicted ms" for device in DEVICES)]
-    return "\n".join([_basis(family, found), "", *markdown(header, rows)])
+    return "\n".join([_basis(family, operators[0], found), "", *markdown(header, rows)])
 
 
-def _basis(family: str, found: dict[tuple[str, bool], tuple[float, str] | None]) -> str:
+def _basis(family: str, like: Operator, found: dict[tuple[str, bool], tuple[float, str] | None]) -> str:
+    """Return what the predictions of a family's operators, which are like this one, rest on."""
     targets = ", ".join(f"{device.name} {device.targets[family]:.0%}" for device in DEVICES)
     measured = [
         f"{name} {'forward+backward' if backward else 'forward'} {efficiency[0]:.0%} on {efficiency[1]}"
@@ -246,8 +339,8 @@ def _basis(family: str, found: dict[tuple[str, bool], tuple[float, str] | None])
     told = f"measured efficiencies ({'; '.join(measured)})" if measured else ""
     aimed = f"the targets as efficiencies ({targets})" if len(measured) < len(found) else ""
     return (
-        "Predicted, not measured: forward / backward in bfloat16 by `benchmarks/roofline.py`, with"
-        f" {' and elsewhere '.join(filter(None, [told, aimed]))} of what a copy reaches,"
+        f"Predicted, not measured: {'forward / backward' if like.differentiable else 'a step'} in {like.precision} by"
+        f" `benchmarks/roofline.py`, with {' and elsewhere '.join(filter(None, [told, aimed]))} of what a copy reaches,"
         f" and {LAUNCH_SECONDS * 1e6:.0f} us a launch."
     )
 

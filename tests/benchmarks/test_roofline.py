@@ -28,6 +28,28 @@ def test_attention_by_hand():
     assert cost((1, 16, 4, 3, 2, 64), 2, True) == Cost(7 * 8192 * 2, 5 * 2 * 8192 * 16, 1)
 
 
+def test_activation_by_hand():
+    gelu, in_mlp = BY_NAME["gelu_tanh"].cost, BY_NAME["gelu_mlp, beside its products"].cost
+    assert gelu((1, 2, 64, 32), 2, False) == in_mlp((1, 2, 64, 32), 2, False) == Cost(2 * 8192)
+    assert gelu((1, 2, 64, 32), 2, True) == Cost(3 * 8192)
+    # 16 runs of 8 rows, each a row of 32 float32 sums, written and read, and the total
+    assert in_mlp((1, 2, 64, 32), 2, True) == Cost(4 * 8192 + 2 * 16 * 128 + 128, 0, 2)
+    assert roofline.runs_of_rows(16384, 4608) == 16384 // 32
+    assert BY_NAME["gelu_tanh"].shapes()["Latte-XL"] == (4, 16, 256, 4608)
+
+
+def test_the_optimisers_step_by_hand():
+    count = 3 * 320 * 65536
+    assert BY_NAME["adamw_ema_"].cost((count,), 4, False) == Cost(40 * count, launches=3 + 1)
+    assert BY_NAME["clip, fused AdamW, foreach lerp"].cost((count,), 4, False) == Cost(52 * count, launches=12)
+    assert BY_NAME["adamw_ema_"].shapes()["Latte-XL/2"] == (673681568,)
+    told = table("optimizer", [])
+    assert told.startswith("Predicted, not measured: a step in float32 by ")
+    row = next(line for line in told.splitlines() if "adamw_ema_" in line and "Latte-XL" in line)
+    assert "| 26947.3 |" in row  # 40 bytes each, at 0.9 * 4.3 TB/s 6.963 ms, and 34 launches
+    assert "| 7.031 " in row
+
+
 def test_the_longer_of_memory_and_products_and_the_launches():
     device = Device("some", 1e9, 1e12, {})
     assert Cost(1_000_000, 0, 2).seconds(device, 0.5) == pytest.approx(2e-3 + 4e-6)
@@ -67,6 +89,14 @@ def test_the_newest_gpu_run_gives_the_efficiency():
     assert "layer_norm_modulate forward+backward 3% on nvidia-h200" in table("modulation", runs)
 
 
+def test_an_efficiency_is_that_of_the_operators_dtype():
+    result = result_of(operator="adamw_ema_", shape=[10**9], passes="forward", dtype="float32", family="optimizer")
+    runs = [Run(None, environment_of(), CEILINGS, [result | {"traffic_bytes": 40 * 10**9}])]
+    expected = (40e9 / 4000e9 + 49 * roofline.LAUNCH_SECONDS) / 2e-3
+    assert measured_efficiency(BY_NAME["adamw_ema_"], False, runs) == (pytest.approx(expected), "nvidia-h200")
+    assert measured_efficiency(BY_NAME["gelu_tanh"], False, runs) is None
+
+
 def test_a_page_gets_the_family_of_its_folder(tmp_path, capsys):
     page = tmp_path / "attention" / "README.md"
     page.parent.mkdir()
@@ -78,4 +108,4 @@ def test_a_page_gets_the_family_of_its_folder(tmp_path, capsys):
     assert written.endswith(f"{roofline.END}\nafter\n")
     with pytest.raises(SystemExit):
         roofline.main(["--into", str(tmp_path / "README.md")])
-    assert "must be a page in a folder named attention, modulation" in capsys.readouterr().err
+    assert "must be a page in a folder named activation, attention, modulation, optimizer" in capsys.readouterr().err
