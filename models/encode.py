@@ -20,13 +20,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models.autoencoder import downsampling, load_autoencoder, posterior, scaling
-from models.command_line import UsageError, one_line_errors, parse
+from models.command_line import UsageError, check_range, one_line_errors, parse
 from models.data.decode import VideoError, decode, frame_table
 from models.data.frames import to_clip
 from models.data.latents import Entry, Index, read_index
 from models.data.listing import Video, list_videos
 from models.data.shards import ShardWriter, resume
 from models.digest import sha256_of
+from models.training.distributed import pick_device
 
 PROG = "python -m models.encode"
 _SAME = ("vae_sha256", "dtype", "size", "flip", "classes")  # of a folder's latents
@@ -55,7 +56,7 @@ class EncodeConfig:
     """Processes that decode videos; 0 decodes in the main process."""
     shard_mib: float = 256
     """Size in MiB from which a shard is written; a killed run loses at most one shard's work."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the autoencoder runs."""
 
 
@@ -65,8 +66,11 @@ def encode(config: EncodeConfig) -> Index:
     Raises UsageError where the options do not fit each other or what `out` holds, ValueError or OSError where videos or
     autoencoder cannot be had or a shard cannot be written; what was written stays valid.
     """
+    for name, least in {"size": 1, "batch_size": 1, "workers": 0, "shard_mib": 0}.items():
+        check_range(name, getattr(config, name), least)
+    device = pick_device(config.device)
     listing = list_videos(config.videos)
-    vae = load_autoencoder(config.vae, dtype=getattr(torch, config.dtype), device=config.device)
+    vae = load_autoencoder(config.vae, dtype=getattr(torch, config.dtype), device=device)
     if config.size % downsampling(vae):
         raise UsageError(f"--size wants a multiple of the autoencoder's {downsampling(vae)}, got {config.size}")
     index = resume(config.out, _new_index(config, vae, listing.classes), read_index, _SAME, "latents")

@@ -33,6 +33,7 @@ from models.motion.colour_wheel import colour_wheel
 from models.motion.extract import Extractor, clip_motion, load_extractor
 from models.motion.warp import warp
 from models.training.checkpointing import atomic_file
+from models.training.distributed import pick_device
 
 PROG = "python -m models.flow"
 CHECK = "check.png"
@@ -67,7 +68,7 @@ class FlowConfig:
     """Processes that decode videos; 0 decodes in the main process."""
     shard_mib: float = 256
     """Size in MiB from which a shard is written; a killed run loses at most one shard's work."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where RAFT and the autoencoder run."""
 
 
@@ -77,11 +78,19 @@ def extract(config: FlowConfig) -> MotionIndex:
     Raises UsageError where the options do not fit each other or what `out` holds, ValueError or OSError where videos,
     extractor or autoencoder cannot be had or a shard cannot be written; what was written stays valid.
     """
-    for name, least in {"num_frames": 2, "frame_interval": 1, "stride": 1, "size": 16}.items():
+    for name, least in {
+        "num_frames": 2,
+        "frame_interval": 1,
+        "stride": 1,
+        "size": 16,
+        "workers": 0,
+        "shard_mib": 0,
+    }.items():
         check_range(name, getattr(config, name), least)
+    device = pick_device(config.device)
     listing = list_videos(config.videos)
-    extractor = load_extractor(config.extractor, config.raft, config.device)
-    vae = None if config.vae is None else load_autoencoder(config.vae, device=config.device)
+    extractor = load_extractor(config.extractor, config.raft, device)
+    vae = None if config.vae is None else load_autoencoder(config.vae, device=device)
     if vae is not None and config.size % downsampling(vae):
         raise UsageError(f"--size wants a multiple of the autoencoder's {downsampling(vae)}, got {config.size}")
     index = resume(config.out, _new_index(config, extractor, vae, listing.classes), read_motion_index, _SAME, "motion")

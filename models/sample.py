@@ -22,7 +22,7 @@ from models.sampling.codec import make_codec
 from models.sampling.draw import check_finite, draw_clips, process_of, sampler_of
 from models.sampling.given import read_clip, read_images
 from models.sampling.network import load_network
-from models.sampling.options import MOTION_TASKS, SampleConfig, completed, make_folder, scales_of
+from models.sampling.options import MOTION_TASKS, SampleConfig, completed, make_folder, refuse_idle_options, scales_of
 from models.sampling.text import text_condition
 from models.training.distributed import pick_device
 from vidkern.diffusion import TASKS, Task, given_frames, make_schedule, transition
@@ -194,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status; a mistake of the caller is one line and status 2."""
     with one_line_errors(PROG):
         options = parse(SampleConfig, sys.argv[1:] if argv is None else argv, f"python -m {PROG}")
+        refuse_idle_options(options)
         refuse_mixture(options)
         draw = draw_from_motion if options.task in MOTION_TASKS else draw_from_noise
         draw(options, pick_device(options.device))

@@ -103,11 +103,11 @@ def _check(options: SampleConfig, config: TrainConfig) -> None:
     if "pose" in conditions:
         raise UsageError(f"{task}: {options.checkpoint} wants a pose, for which there is no option")
     drawn = options.task == "text-to-video"
-    if drawn != (options.motion_checkpoint is not None):
-        raise UsageError(f"{task} wants {'' if drawn else 'no '}--motion_checkpoint with a VDM")
+    if drawn and options.motion_checkpoint is None:
+        raise UsageError(f"{task} wants --motion_checkpoint with a VDM")
     if len(options.clip) != (0 if drawn else 1):
         raise UsageError(f"{task} wants {'no --clip' if drawn else '--clip with 1 video'}, got {len(options.clip)}")
-    for name, unused in (("frames", ()), ("given", ()), ("label", None), ("cfg_scale", None), ("frame_init", None)):
+    for name, unused in (("frames", ()), ("label", None), ("cfg_scale", None), ("frame_init", None)):
         if getattr(options, name) != unused:
             raise UsageError(f"{task} takes no --{'class' if name == 'label' else name}")
     if options.image is not None and (options.eta or options.sampler == "ddpm" or sampler_of(config) != "ddim"):

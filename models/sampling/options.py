@@ -13,6 +13,20 @@ from models.config import NetworkConfig, TrainConfig
 #: Tasks that render motion with S2DM.
 MOTION_TASKS = ("text-to-video", "motion-transfer")
 
+#: Options that one task alone has a use for.
+TASK_OPTIONS = {
+    "given": "given-frames",
+    "overlap": "long-video",
+    "chunks": "long-video",
+    "ends": "transition",
+    "motion_checkpoint": "text-to-video",
+    "motion_cfg_text": "text-to-video",
+    "motion_cfg_reference": "text-to-video",
+    "motion_steps": "text-to-video",
+    "extractor": "motion-transfer",
+    "raft": "motion-transfer",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
@@ -108,6 +122,14 @@ class SampleConfig:
     """Frames a second of the files."""
     zoom: int = 1
     """Each pixel becomes a square of this side."""
+
+
+def refuse_idle_options(options: SampleConfig) -> None:
+    """Raise UsageError for an option that --task has no use for."""
+    plain = SampleConfig("")
+    for name, task in TASK_OPTIONS.items():
+        if options.task != task and getattr(options, name) != getattr(plain, name):
+            raise UsageError(f"--{name} is for --task {task}, got --task {options.task}")
 
 
 def completed(options: SampleConfig, config: TrainConfig) -> SampleConfig:

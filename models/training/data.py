@@ -20,7 +20,12 @@ from models.vdm import VDMConfig
 def make_dataset(config: TrainConfig) -> SeededDataset:
     """The dataset of `config.data`, with clips of the network's size, frames and channels, and embedded captions."""
     clips = make_clips(config)
-    return clips if config.data.text is None else TextDataset(clips, config.data.text)
+    if config.data.text is None:
+        return clips
+    try:
+        return TextDataset(clips, config.data.text)
+    except ValueError as error:
+        raise UsageError(f"--data.text {config.data.text}: {error}") from error
 
 
 def make_clips(config: TrainConfig) -> SeededDataset:
@@ -37,7 +42,7 @@ def make_clips(config: TrainConfig) -> SeededDataset:
         )
     assert data.path is not None  # parse_train_config has seen to it
     if data.kind == "motion":
-        return MotionDataset(
+        dataset = MotionDataset(
             data.path,
             num_frames=network.num_frames,
             latents=data.latents,
@@ -45,6 +50,12 @@ def make_clips(config: TrainConfig) -> SeededDataset:
             least_visible=data.least_visible,
             seed=config.seed,
         )
+        if data.frame_interval != dataset.index.frame_interval:  # motion-transfer takes it from the configuration
+            raise UsageError(
+                f"--data.frame_interval wants {dataset.index.frame_interval}, that of the clips in {data.path}, "
+                f"got {data.frame_interval}"
+            )
+        return dataset
     if data.kind == "latents":
         return LatentDataset(
             data.path, num_frames=network.num_frames, frame_interval=data.frame_interval, seed=config.seed

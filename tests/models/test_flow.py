@@ -345,6 +345,10 @@ def test_the_command_answers_mistakes_in_one_line(
     for arguments, message in (
         ([*required, "--strid=16"], "unknown option --strid; the nearest is --stride"),
         ([*required, "--stride=0"], "--stride wants at least 1, got 0"),
+        ([*required, "--shard_mib=nan"], "--shard_mib wants at least 0, got nan"),
+        ([*required, "--workers=-1"], "--workers wants at least 0, got -1"),
+        ([*required, "--device=tpu"], "invalid choice 'tpu' for argument '--device'"),
+        ([f"--videos={config.videos}", f"--out={config.videos}/a/0.mp4"], "/a/0.mp4: File exists"),
         ([*required, "--num_frames=1"], "--num_frames wants at least 2, got 1"),
         ([*required, "--extractor=raft"], "--extractor raft wants --raft, the path of torchvision's RAFT weights"),
         ([*required, "--vae=./absent"], "no autoencoder at ./absent"),
@@ -444,9 +448,15 @@ def test_clips_across_a_cut_can_be_left_out(config: FlowConfig, quick: Brightnes
         MotionDataset(config.out, least_visible=1.1)
 
 
-def test_an_s2dm_trains_on_stored_clips(config: FlowConfig, quick: Brightness, tmp_path: Path) -> None:
+def test_an_s2dm_trains_on_stored_clips(
+    config: FlowConfig, quick: Brightness, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     extract(config)
     overrides = {"s2dm__in_channels": 3, "s2dm__motion_adapter": True, "data__kind": "motion", "data__path": config.out}
+    with pytest.raises(SystemExit):
+        train.main(options(tmp_path / "run", **{**TINY_S2DM, **overrides}))
+    assert "--data.frame_interval wants 2, that of the clips in" in capsys.readouterr().err
+    overrides["data__frame_interval"] = 2
     assert train.main(options(tmp_path / "run", **{**TINY_S2DM, **overrides})) == 0
     losses = [metrics["loss"] for metrics in read_metrics(tmp_path / "run")]
     assert 0 < losses[-1] < losses[0]

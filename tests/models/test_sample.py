@@ -299,6 +299,8 @@ def test_an_interrupt_is_one_line(
         (["--task", "transition", "--clip", "a.mp4"], "--task transition is given"),
         (["--class", "4"], "--class wants a number from 0 to 3, got 4"),
         (["--steps", "2000"], "--steps wants from 1 to 1000, got 2000"),
+        (["--overlap", "4"], "--overlap is for --task long-video, got --task standard"),
+        (["--given", "1"], "--given is for --task given-frames, got --task standard"),
         (["--task", "long-video", "--overlap", "8"], "--overlap wants from 1 to 7, got 8"),
         (["--cfg_scale", "inf"], "--cfg_scale wants a finite number, got inf"),
         (["--eta", "2"], "--eta wants from 0 to 1, got 2.0"),
