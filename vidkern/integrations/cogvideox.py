@@ -1,11 +1,12 @@
 """diffusers' CogVideoXTransformer3DModel with fused modulation of text and video."""
 
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vidkern import ops
 from vidkern.integrations import feed_forward, tokens
 from vidkern.integrations.patching import Plan, Report, check_class, check_source, check_unhooked, is_a
 
@@ -83,30 +84,48 @@ def block_forward(
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a CogVideoXBlock: video (B, L, D) and text (B, T, D), each one frame of tokens to the operators."""
-    shift, scale, gate, text_shift, text_scale, text_gate = _vectors(self.norm1, temb)
+    of_video, of_text = _vectors(self.norm1, temb)
     video, text = hidden_states.unsqueeze(1), encoder_hidden_states.unsqueeze(1)
-    norm = self.norm1.norm
+    eps = self.norm1.norm.eps
     y, text_y = self.attn1(
-        hidden_states=tokens.modulate(video, norm, shift, scale).squeeze(1),
-        encoder_hidden_states=tokens.modulate(text, norm, text_shift, text_scale).squeeze(1),
+        hidden_states=ops.layer_norm_modulate(video, of_video.shift, of_video.scale, eps).squeeze(1),
+        encoder_hidden_states=ops.layer_norm_modulate(text, of_text.shift, of_text.scale, eps).squeeze(1),
         image_rotary_emb=image_rotary_emb,
         **(attention_kwargs or {}),
     )
-    shift, scale, next_gate, text_shift, text_scale, next_text_gate = _vectors(self.norm2, temb)
-    norm = self.norm2.norm
-    video, h = tokens.gate_residual_modulate(video, y.unsqueeze(1), gate, norm, shift, scale)
-    text, text_h = tokens.gate_residual_modulate(text, text_y.unsqueeze(1), text_gate, norm, text_shift, text_scale)
+    then_of_video, then_of_text = _vectors(self.norm2, temb)
+    eps = self.norm2.norm.eps
+    video, h = _next(video, y.unsqueeze(1), of_video.gate, then_of_video, eps)
+    text, text_h = _next(text, text_y.unsqueeze(1), of_text.gate, then_of_text, eps)
     h = torch.cat([text_h, h], dim=2)
     del y, text_y, text_h  # not to be held through the feed-forward, the block's peak
     text_y, y = self.ff(h).split([text.shape[2], video.shape[2]], dim=2)
-    video = tokens.gate_residual(video, y, next_gate)
-    text = tokens.gate_residual(text, text_y, next_text_gate)
+    video = tokens.gate_residual(video, y, then_of_video.gate)
+    text = tokens.gate_residual(text, text_y, then_of_text.gate)
     return video.squeeze(1), text.squeeze(1)
 
 
-def _vectors(norm: Any, temb: Tensor) -> tuple[Tensor, ...]:
-    """Return shift, scale and gate of the video, then of the text, each (B, 1, D)."""
-    return norm.linear(norm.silu(temb)).unsqueeze(1).chunk(6, dim=-1)
+class Vectors(NamedTuple):
+    """What modulates the tokens of one kind, the norm's weights in it: (B, 1, D) each, of one dtype."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def _vectors(norm: Any, temb: Tensor) -> tuple[Vectors, Vectors]:
+    """Return the vectors of the video and of the text: the norm's weights are folded into both at once."""
+    vectors = norm.linear(norm.silu(temb))
+    shift, scale, gate = vectors.view(len(vectors), 2, 3, 1, -1).unbind(2)  # (B, 2, 1, D) each
+    shift, scale = tokens.with_weights(norm.norm, shift, scale)
+    both = zip(shift.unbind(1), scale.unbind(1), gate.to(scale.dtype).unbind(1), strict=True)
+    of_video, of_text = (Vectors(*each) for each in both)
+    return of_video, of_text
+
+
+def _next(x: Tensor, y: Tensor, gate: Tensor, vectors: Vectors, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x + gate * y, and its norm modulated by vectors: (B, 1, L, D) both."""
+    return ops.gate_residual_modulate(x, y.to(x.dtype), gate, vectors.shift, vectors.scale, eps)
 
 
 def norm_out_forward(self: Any, x: Tensor, timestep: Tensor | None = None, temb: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ class Modulation(NamedTuple):
 
 def modulate(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
     """Return norm(x) * (1 + scale) + shift in one pass; see :class:`Modulation`."""
-    shift, scale = _with_weights(norm, shift, scale)
+    shift, scale = with_weights(norm, shift, scale)
     return ops.layer_norm_modulate(x, _each_frame(shift, x), _each_frame(scale, x), norm.eps)
 
 
@@ -42,7 +42,7 @@ def gate_residual_modulate(
     x: Tensor, y: Tensor, gate: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return z = x + gate * y and norm(z) * (1 + scale) + shift in one pass; see :class:`Modulation`."""
-    shift, scale = _with_weights(norm, shift, scale)
+    shift, scale = with_weights(norm, shift, scale)
     gate, shift, scale = (_each_frame(vector, x) for vector in (gate.to(scale.dtype), shift, scale))
     return ops.gate_residual_modulate(x, y.to(x.dtype), gate, shift, scale, norm.eps)
 
@@ -58,15 +58,15 @@ def gate_residual_norm(x: Tensor, y: Tensor, gate: Tensor, norm: nn.Module) -> t
     return ops.gate_residual_modulate(x, y.to(x.dtype), gate, shift, scale, norm.eps)
 
 
-def _with_weights(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def with_weights(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return what does to LN(x) what the norm's weights, then shift and scale, do; float32 where there are weights."""
     if norm.weight is None:
         return shift, scale
     wide = torch.promote_types(scale.dtype, torch.float32)
-    scale = 1 + scale.to(wide)
+    scale, shift = 1 + scale.to(wide), shift.to(wide)
     if norm.bias is not None:
-        shift = shift + norm.bias.to(wide) * scale
-    return shift.to(wide), norm.weight.to(wide) * scale - 1
+        shift = torch.addcmul(shift, norm.bias.to(wide), scale)
+    return shift, norm.weight.to(wide) * scale - 1
 
 
 def _each_frame(vector: Tensor, x: Tensor) -> Tensor:
