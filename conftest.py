@@ -4,8 +4,11 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --benchmark."""
+    """Add --benchmark and --batch."""
     parser.addoption("--benchmark", action="store_true", help="run the suites under benchmarks/ instead of the tests")
+    parser.addoption(
+        "--batch", type=int, action="append", help="clips of the whole steps that are measured; may be repeated"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

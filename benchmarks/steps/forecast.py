@@ -1,6 +1,7 @@
 """Tables and pictures of predicted whole steps, and of the prediction put to the test on this machine."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -126,10 +127,16 @@ def draw_measured_parts(path: Path, runs: Iterable[Run]) -> None:
     found = [(run, r) for run in runs for r in run.results if r["family"] == STEPS and r["passes"] == TRAINING]
     if not found:
         return
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    for axes, (run, result) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+    columns = min(len(found), 3)
+    rows = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in places[len(found) :]:
+        axes.set_axis_off()
+    for axes, (run, result) in zip(places, found, strict=False):
         stacked(axes, {name: v["parts"] for name, v in result["variants"].items() if "parts" in v}, 1.0)
-        axes.set(title=f"{result['operator']}\n{run.environment['device']}, measured", xlabel="s of a training step")
+        axes.set_title(f"{result['operator']}\n{result['shape_name']}, {run.environment['device']}, measured", size=9)
+        axes.set_xlabel("s of a training step")
     _finish(figure, path)
 
 

@@ -12,7 +12,8 @@ STEPS = "models"
 MIB = 2**20
 BASIS = (
     "Whole steps: clips a second of ours, uncompiled; how many times as long plain PyTorch takes, in the faster"
-    " precision of each kind; and how many times as much memory its fastest variant holds at the peak of a step."
+    " precision of each kind; and memory, how many times as much plain PyTorch's fastest variant takes at the peak of a"
+    " step beyond weights, moments and averages. What was not measured is empty."
 )
 NO_GPU = "Whole steps have not yet been run on a GPU: `make gpu SUITE=models` does that."
 

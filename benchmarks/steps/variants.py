@@ -204,7 +204,8 @@ class Variants:
             return train_step(run, x0, {"y": y})
 
         def sample_clips(start: Tensor, y: Tensor, steps: int) -> Tensor:
-            options: dict[str, Any] = {"num_steps": steps, "cfg_scale": SCALE, "graph": way.compiled}
+            graph = way.compiled and self.device.type == "cuda"
+            options: dict[str, Any] = {"num_steps": steps, "cfg_scale": SCALE, "graph": graph}
             key = torch.zeros(2, dtype=torch.int64, device=start.device)
             with self._autocast(way):
                 return sample(network.eval(), start, self.schedule, key, y=y, y_null=CLASSES, **options)

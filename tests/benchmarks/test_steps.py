@@ -17,6 +17,7 @@ from benchmarks.steps.measure import measure
 from benchmarks.steps.parts import ATTENTION, COPIES, DIFFUSION, EMA, MLP, MODULATION, OPTIMISER, PARTS, parts_of
 from benchmarks.steps.prediction import Machine, Recorded, Work, counted, memory_share, predict, works_of
 from benchmarks.steps.variants import DDIM_STEPS, SAMPLING, TRAINING, Setting, Variants, Way, ways
+from benchmarks.test_models import BATCHES, cases
 from tests.benchmarks.problems import CEILINGS, CPU, environment_of
 
 SMALL = (("input_size", 8), ("hidden_size", 64), ("num_heads", 2), ("num_frames", 4), ("depth", 2))
@@ -53,6 +54,14 @@ def test_every_way_is_right_and_timed(setting, task):
     assert f"**{setting.name}**, {task}" in told
     assert "| ms of a profiled step" in told
     assert f"| {setting.name}, batch 1" in summary([Run(None, environment_of(), CEILINGS, [result])])
+
+
+def test_the_cases_are_of_the_batches_asked_for():
+    assert {setting.batch for setting, _ in cases("cpu", BATCHES["cpu"])} == {1}
+    asked = cases("cpu", [4, 8])
+    assert [setting.batch for setting, _ in asked] == [4] * 5 + [8] * 5
+    assert len(set(asked)) == len(asked)
+    assert str(cases("cuda", BATCHES["cuda"])[0][0]) == "Latte-XL/2 batch 4"
 
 
 def test_a_wrong_variant_is_not_timed(monkeypatch):
