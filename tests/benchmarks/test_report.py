@@ -136,7 +136,7 @@ def test_the_command_prints_or_writes(tmp_path, capsys):
 
 def test_the_summary_gives_the_spread_over_the_cases_and_leaves_out_tiny_calls():
     slower = result_of()["variants"] | {"eager": {"correct": True, "seconds": 3e-3}}
-    results = [result_of(), result_of(variants=slower), result_of(traffic_bytes=0), result_of(passes="forward")]
+    results = [result_of(), result_of(variants=slower), result_of(timer="overhead"), result_of(passes="forward")]
     lines = report.summary([Run(None, environment_of(), CEILINGS, results)]).splitlines()
     _, _, *rows = [line for line in lines if line.startswith("|")]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
@@ -144,6 +144,14 @@ def test_the_summary_gives_the_spread_over_the_cases_and_leaves_out_tiny_calls()
         ["forward+backward", "2", "1.50x to 4.00x, median 2.75x"],
         ["forward", "1", "4.00x to 4.00x, median 4.00x"],
     ]
+
+
+def test_the_summary_has_operators_that_are_products_too():
+    mlp = result_of(family="activation", operator="gelu_mlp", traffic_bytes=0, flops=10**12)
+    *_, row = [
+        line for line in report.summary([Run(None, environment_of(), CEILINGS, [mlp])]).splitlines() if "|" in line
+    ]
+    assert [cell.strip() for cell in row.strip("|").split("|")][1:4] == ["gelu_mlp", "forward+backward", "1"]
 
 
 def test_the_kernels_of_the_newest_run_are_told_with_their_occupancy(tmp_path, capsys):
