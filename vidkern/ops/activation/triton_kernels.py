@@ -118,13 +118,14 @@ def _launch(
     runs = triton.cdiv(rows, run)
     partial = x.new_empty((runs, channels), dtype=torch.float32) if summed else None
     strides = (0 if dy is None else dy.stride(0), x.stride(0))
-    if rows:
-        _activation[(runs * triton.cdiv(channels, COLUMNS),)](
-            dy, x, bias, dx, y, partial, rows, run, *strides, channels,
-            UNIT=PACK if all(stride % PACK == 0 for stride in strides) else 1, ROWS=ROWS, COLUMNS=COLUMNS,
-            LINEAR=LINEAR, CUBIC=CUBIC, SATURATED=SATURATED, LOG2_E=LOG2_E, num_warps=WARPS,
-        )  # fmt: skip
-    return dx, y, None if partial is None else _sum(partial)
+    with torch.cuda.device_of(x):
+        if rows:
+            _activation[(runs * triton.cdiv(channels, COLUMNS),)](
+                dy, x, bias, dx, y, partial, rows, run, *strides, channels,
+                UNIT=PACK if all(stride % PACK == 0 for stride in strides) else 1, ROWS=ROWS, COLUMNS=COLUMNS,
+                LINEAR=LINEAR, CUBIC=CUBIC, SATURATED=SATURATED, LOG2_E=LOG2_E, num_warps=WARPS,
+            )  # fmt: skip
+        return dx, y, None if partial is None else _sum(partial)
 
 
 def _sum(partial: Tensor) -> Tensor:
