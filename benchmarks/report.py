@@ -166,7 +166,9 @@ def summary(runs: Sequence[Run]) -> str:
 
 def _spread(found: Sequence[dict[str, float]], name: str) -> str:
     values = [figure[name] for figure in found if name in figure]
-    return f"{min(values):.2f}x to {max(values):.2f}x, median {statistics.median(values):.2f}x" if values else ""
+    if len(values) <= 1:
+        return "".join(f"{value:.2f}x" for value in values)
+    return f"{min(values):.2f}x to {max(values):.2f}x, median {statistics.median(values):.2f}x"
 
 
 def kernel_report(runs: Sequence[Run]) -> str:
