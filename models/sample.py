@@ -24,6 +24,7 @@ from models.sampling.given import read_clip, read_images
 from models.sampling.network import load_network
 from models.sampling.options import MOTION_TASKS, SampleConfig, completed, make_folder, refuse_idle_options, scales_of
 from models.sampling.text import text_condition
+from models.training.checkpointing import atomic_file
 from models.training.distributed import pick_device
 from vidkern.diffusion import TASKS, Task, given_frames, make_schedule, transition
 
@@ -113,9 +114,15 @@ def clip_names(count: int) -> list[str]:
 def write_clips(options: SampleConfig, clips: Sequence[Tensor]) -> None:
     """Write every clip, pixels (F, C, H, W), as MP4 and GIF."""
     for name, clip in zip(clip_names(len(clips)), clips, strict=True):
-        path = Path(options.out) / name
-        write_mp4(path.with_suffix(".mp4"), clip, fps=options.fps, zoom=options.zoom)
-        write_gif(path.with_suffix(".gif"), clip, fps=options.fps, zoom=options.zoom)
+        for suffix, write in ((".mp4", write_mp4), (".gif", write_gif)):
+            with atomic_file(Path(options.out) / f"{name}{suffix}") as temporary:
+                write(temporary, clip, fps=options.fps, zoom=options.zoom)
+
+
+def write_sheet(options: SampleConfig, rows: Sequence[Tensor], captions: list[str], held: list[Tensor]) -> None:
+    """Write the contact sheet of rows (F, C, H, W)."""
+    with atomic_file(Path(options.out) / "sheet.png") as temporary:
+        contact_sheet(temporary, rows, captions=captions, held=held, zoom=options.zoom)
 
 
 def write_results(options: SampleConfig, clips: Sequence[Tensor], hold: Tensor, labels: Tensor | None) -> None:
@@ -124,13 +131,7 @@ def write_results(options: SampleConfig, clips: Sequence[Tensor], hold: Tensor, 
     classes = [""] * len(clips) if labels is None else [f", class {label}" for label in labels.tolist()]
     marks = torch.zeros(len(clips[0]), dtype=torch.bool)
     marks[: len(hold)] = hold
-    contact_sheet(
-        Path(options.out) / "sheet.png",
-        clips,
-        captions=[f"{options.task}{label}" for label in classes],
-        held=[marks] * len(clips),
-        zoom=options.zoom,
-    )
+    write_sheet(options, clips, [f"{options.task}{label}" for label in classes], [marks] * len(clips))
 
 
 def draw_from_noise(options: SampleConfig, device: torch.device) -> None:
@@ -187,7 +188,7 @@ def draw_from_motion(options: SampleConfig, device: torch.device) -> None:
     check_finite(rendered.clips)
     write_clips(options, list(rendered.clips))
     rows, captions, marks = sheet_rows(rendered, given=options.image is not None)
-    contact_sheet(Path(options.out) / "sheet.png", rows, captions=captions, held=marks, zoom=options.zoom)
+    write_sheet(options, rows, captions, marks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.evaluation.bootstrap import Estimate
+from models.training.checkpointing import atomic_file
 
 UNITS = {"fvd": "FVD", "kvd": "KVD", "ssim": "SSIM", "psnr": "PSNR (dB)"}
 
@@ -36,12 +37,16 @@ def table(results: Mapping[str, Estimate], counts: str) -> str:
 
 
 def write(out: Path, protocol: Mapping[str, Any], results: Mapping[str, Estimate], notes: list[str], text: str) -> None:
-    """Write results.json and table.md into `out`. JSON has null for a number that is not finite."""
+    """Write results.json and table.md into `out`. JSON has null for a number that is not finite.
+
+    Raises StorageError where they cannot be written.
+    """
 
     def finite(value: Any) -> Any:
         return value if not isinstance(value, float) or math.isfinite(value) else None
 
     metrics = {name: {key: finite(value) for key, value in asdict(result).items()} for name, result in results.items()}
     content = {"protocol": dict(protocol), "metrics": metrics, "notes": notes}
-    (out / "results.json").write_text(json.dumps(content, indent=2) + "\n")
-    (out / "table.md").write_text(text + "\n")
+    for name, written in (("results.json", json.dumps(content, indent=2)), ("table.md", text)):
+        with atomic_file(out / name) as temporary:
+            temporary.write_text(written + "\n")

@@ -1,6 +1,8 @@
 """Sampling from a checkpoint: every task, exact given frames, any split into batches, and what is written."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +341,21 @@ def test_clips_of_two_runs_do_not_mix(run_dir: Path, tmp_path: Path, capsys: pyt
         sample.main([*argv, "--num_clips", "2"])
     assert "holds 1 clips of another run (clip_002.mp4), which would stand among the 2" in capsys.readouterr().err
     assert sample.clip_names(1001)[::1000] == ["clip_0000", "clip_1000"]  # in the order of their names
+
+
+def test_what_cannot_be_written_is_named_and_not_left(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, *_: Any, **__: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sample, "write_gif", full)
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--checkpoint", str(run_dir), "--out", str(tmp_path), *QUICK])
+    assert stopped.value.code == 2
+    assert f"cannot write {tmp_path}/clip_000.gif: No space left on device\n" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["clip_000.mp4"]
 
 
 def test_a_network_that_diverged_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from models.data.packaged import cache_folder
 from models.text import TextDataset, TextEncoder, load_text_encoder
 from models.text.cache import TextCache
 from models.text.clip import ClipText, load_clip_image
+from models.training.checkpointing import StorageError
 from tests.models.tiny_clip import LENGTH, SIDE, save_tiny_clip
 
 
@@ -149,6 +150,12 @@ def test_a_damaged_file_of_the_cache_is_made_again(cache: Path, left: int) -> No
     again.fill(encoder, ["a", "b"])
     assert torch.equal(again["a"], wanted)
     assert encoder.asked == ["a", "b", "a"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(cache: Path) -> None:
+    (cache / "text").write_text("in its place")
+    with pytest.raises(StorageError, match=r"cannot write .*text/counting/.*\.npy: Not a directory"):
+        TextCache("counting", (4, 2)).fill(Counting(), ["a"])
 
 
 def test_processes_may_fill_one_cache(cache: Path) -> None:
