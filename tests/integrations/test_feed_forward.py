@@ -192,6 +192,14 @@ def without_bias(layer):
     layer.fc1.bias = None
 
 
+class Packed(torch.Tensor):
+    """A weight of another kind, as quantisation and sharding make it."""
+
+
+def packed(layer):
+    layer.fc2.weight = nn.Parameter(layer.fc2.weight.detach().as_subclass(Packed))
+
+
 def of_another_structure(layer):
     layer.extra = nn.Identity()
 
@@ -202,13 +210,14 @@ def of_another_structure(layer):
         (exact_gelu, "its activation is GELU(approximate='none')"),
         (normed, "LayerNorm in the place of a Dropout"),
         (without_bias, "Linear in the place of a Linear with bias"),
+        (packed, "a Linear's weight is a Packed"),
         (of_another_structure, "it is not made as timm's Mlp"),
     ],
 )
 def test_an_mlp_that_computes_something_else_is_left_as_it_is(change, reason):
-    model = test_official_latte.network(Latte)
-    change(layers_of(model, "mlp")[2])
-    ours = copy.deepcopy(model)
+    model, ours = test_official_latte.network(Latte), test_official_latte.network(Latte)
+    for each in (model, ours):
+        change(layers_of(each, "mlp")[2])
     report = str(vidkern.patch(ours))
     assert f"; its own feed-forward ({reason})" in report
     assert f"3 x {WHAT}" in report
