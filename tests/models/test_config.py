@@ -1,12 +1,15 @@
 """Configuration: YAML, command line, and one clear line for every mistake."""
 
+import io
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from models import train
-from models.command_line import UsageError, differences, read_yaml, to_dict, to_yaml
+from models.command_line import UsageError, differences, one_line_errors, read_yaml, to_dict, to_yaml
 from models.config import TrainConfig, parse_train_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "models" / "configs").glob("*.yaml"))
@@ -143,3 +146,11 @@ def test_the_papers_settings() -> None:
         assert config.diffusion.timesteps == ("ptss" if fvdm else "clip")
         assert not fvdm or config.diffusion.ptss_probability == 0.2
         assert config.model.num_classes == (101 if "ucf101" in path.stem else None)
+
+
+def test_any_name_of_a_file_can_be_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", errors="strict"))
+    with one_line_errors("a command"):
+        print(f"{os.fsdecode(b'caf' + bytes([0xE9]))}.mp4, 視.mp4", flush=True)
+    assert written.getvalue().decode() == "caf\\udce9.mp4, 視.mp4\n"

