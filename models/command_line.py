@@ -113,8 +113,8 @@ def check_finite_number(name: str, value: float) -> None:
 def one_line_errors(prog: str) -> Iterator[None]:
     """Print a mistake of the caller (bad value, missing or unreadable file) as one line and exit with status 2.
 
-    An interrupt (Ctrl-C) is one line and status 130. From here on a file's name whose bytes are no UTF-8 can be printed:
-    they are escaped, as they are in errors.
+    An interrupt (Ctrl-C) is one line and status 130. From here on a file's name that is no UTF-8 can be printed:
+    its bytes are escaped, as they are in errors.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -25,7 +25,7 @@ from models.data.decode import VideoError, decode, frame_table
 from models.data.frames import to_clip
 from models.data.latents import Entry, Index, read_index
 from models.data.listing import Video, list_videos
-from models.data.shards import ShardWriter, resume
+from models.data.shards import ShardWriter, relabelled, resume
 from models.digest import sha256_of
 from models.training.distributed import pick_device
 
@@ -74,9 +74,11 @@ def encode(config: EncodeConfig) -> Index:
     if config.size % downsampling(vae):
         raise UsageError(f"--size wants a multiple of the autoencoder's {downsampling(vae)}, got {config.size}")
     index = resume(config.out, _new_index(config, vae, listing.classes), read_index, _SAME, "latents")
+    listed = {video.name: video for video in listing.videos}
+    index = relabelled(config.out, index, lambda entry: listed.get(entry.name))
     writer = ShardWriter(config.out, "latents", index, config.shard_mib * 2**20)
     done = {entry.name for entry in writer.index.entries}
-    todo = list({video.name: video for video in listing.videos if video.name not in done}.values())
+    todo = [video for name, video in listed.items() if name not in done]
     loader = DataLoader(_Frames(todo, config.size, config.batch_size), batch_size=None, num_workers=config.workers)
 
     skipped, parts = 0, dict[int, list[tuple[Tensor, ...]]]()

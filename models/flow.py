@@ -3,12 +3,12 @@
 For every clip of every video, optical flow from its first frame to each and which points that frame shows, stored with
 the clip in the folder `out`, which models.data.MotionDataset reads. Writes check.png there, and prints how close the
 first frame comes to the others when the flow warps it. A run that was killed goes on with the clips that are not yet in
-the index when the same command is given again.
+the index when the same command is given again; labels and texts of those that are become what the manifest now says.
 """
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,7 +26,7 @@ from models.data.decode import VideoError, frame_table, read_frames
 from models.data.frames import to_clip, to_float, to_uint8
 from models.data.listing import Video, list_videos
 from models.data.motion import Check, MotionEntry, MotionIndex, read_motion_index, read_tensors
-from models.data.shards import ShardWriter, resume
+from models.data.shards import ShardWriter, relabelled, resume
 from models.data.write import contact_sheet
 from models.digest import sha256_of
 from models.motion.colour_wheel import colour_wheel
@@ -94,9 +94,10 @@ def extract(config: FlowConfig) -> MotionIndex:
     if vae is not None and config.size % downsampling(vae):
         raise UsageError(f"--size wants a multiple of the autoencoder's {downsampling(vae)}, got {config.size}")
     index = resume(config.out, _new_index(config, extractor, vae, listing.classes), read_motion_index, _SAME, "motion")
+    videos = list({(video.name, video.start): video for video in listing.videos}.values())
+    index = relabelled(config.out, index, _lines(videos))
     writer = ShardWriter(config.out, "motion", index, config.shard_mib * 2**20)
     done = {(entry.name, entry.start) for entry in index.entries}
-    videos = list({(video.name, video.start): video for video in listing.videos}.values())
     loader = DataLoader(_Clips(videos, config, frozenset(done)), batch_size=None, num_workers=config.workers)
 
     skipped = 0
@@ -124,6 +125,17 @@ def extract(config: FlowConfig) -> MotionIndex:
     print(summary(writer.index.entries))
     write_sheet(config.out, writer.index)
     return writer.index
+
+
+def _lines(videos: Sequence[Video]) -> Callable[[MotionEntry], Video | None]:
+    """Where a clip comes from in a list: the earlier of a line of its start and one of any, as in extracting."""
+    places = {(video.name, video.start): place for place, video in enumerate(videos)}
+
+    def line(entry: MotionEntry) -> Video | None:
+        found = [places[key] for key in ((entry.name, entry.start), (entry.name, None)) if key in places]
+        return videos[min(found)] if found else None
+
+    return line
 
 
 def summary(entries: Sequence[MotionEntry]) -> str:

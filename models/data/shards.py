@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.command_line import UsageError
+from models.data.listing import Video
 from models.training.checkpointing import StorageError, atomic_file
 
 INDEX = "index.json"
@@ -86,6 +87,19 @@ def resume(out: Path, new: I, read: Callable[[Path], I], same: Sequence[str], ho
                 "want another --out"
             )
     return old
+
+
+def relabelled(out: Path, index: I, listed: Callable[[Any], Video | None]) -> I:
+    """The index with the labels and texts that its entries' videos have now, by `listed`; written where one is new.
+
+    An entry whose video is None stays as it is.
+    """
+    videos = [(entry, listed(entry) or entry) for entry in index.entries]
+    entries = [replace(entry, label=video.label, text=video.text) for entry, video in videos]
+    if entries != index.entries:
+        index = replace(index, entries=entries)
+        _write(out / INDEX, index.to_json().encode())
+    return index
 
 
 @contextmanager

@@ -114,6 +114,8 @@ def test_latents_carry_the_captions_of_their_videos(config: EncodeConfig, videos
     dataset = LatentDataset(config.out, num_frames=4)
     assert dataset.captions == ()
     assert "caption" not in dataset[0]
+    encode(replace(config, videos=tmp_path / "list.csv"))  # which encodes nothing, and takes the texts of today
+    assert LatentDataset(config.out, num_frames=4).captions == ("bars", "")
 
 
 def test_workers_shards_and_dtype_change_no_entry(config: EncodeConfig, tmp_path: Path) -> None:

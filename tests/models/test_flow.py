@@ -201,6 +201,18 @@ def test_a_manifest_gives_starts_and_texts(config: FlowConfig, quick: Brightness
     ]
     assert quick.calls == 2 * 3
 
+    index = (config.out / "index.json").read_bytes()
+    extract(replace(config, videos=manifest))
+    assert (config.out / "index.json").read_bytes() == index
+    manifest.write_text(manifest.read_text().replace("again", "corrected").replace("two, or so", "two, surely"))
+    extract(replace(config, videos=manifest))
+    assert sorted((e.start, e.text) for e in read_motion_index(config.out).entries) == [
+        (0, "two, surely"),
+        (3, "corrected"),
+        (5, "two, surely"),
+    ]
+    assert quick.calls == 2 * 3
+
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
