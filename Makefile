@@ -5,9 +5,10 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 
-# make gpu writes its results here, and runs the suites named here (empty: every suite)
+# make gpu writes its results here, and runs the suite and the part named here (empty: every one)
 OUT ?= outputs/gpu
 SUITE ?=
+PART ?=
 
 .PHONY: demo test bench gpu lint format wheel clean build
 
@@ -37,7 +38,7 @@ wheel: build
 
 # Uses the machine's own python3 and torch, and needs no network: see benchmarks/gpu.py.
 gpu:
-	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(SUITE),--suite $(SUITE))
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(SUITE),--suite $(SUITE)) $(if $(PART),--part $(PART))
 
 clean:
 	rm -rf build dist outputs *.egg-info vidkern/*.so $(VENV)

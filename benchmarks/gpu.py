@@ -1,11 +1,13 @@
 """`make gpu`: everything that needs a CUDA GPU, in nine minutes and without the network.
 
-Builds the CUDA library unless it is there, runs the operator tests on the GPU, compute-sanitizer over a small case of
-every CUDA kernel, and the benchmarks. A part that fails or runs out of time is reported, and the next one runs.
+Builds the CUDA library unless it is there, checks a small case of every CUDA kernel, by itself and under
+compute-sanitizer, and one of every Triton kernel, then runs the operators' tests on the GPU, and the benchmarks. A part
+that fails or runs out of time is reported, and the next one runs; --part gives one part all the time.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,26 @@ from benchmarks.report import markdown, run_report
 from benchmarks.results import JSON_VARIABLE, Run, result_path
 from benchmarks.suites import SUITES
 
+PARTS = ("build", "doctor", "cuda", "memcheck", "racecheck", "triton", "tests", "benchmarks")
 TOTAL_SECONDS = 520
-SANITIZER_SECONDS = 75
+CHECK_SECONDS, SANITIZER_SECONDS, TESTS_SECONDS = 40, 70, 100
+#: Processes that share the tests, where pytest-xdist is installed: most of a test is Triton's compiler, on one core.
+MOST_PROCESSES = 8
+#: Without the tests of the CPU's kernels, and of what Triton would compile for other GPUs.
+OF_A_GPU = "not cpu and not aot and not triton_compiles and not triton_keeps"
 GRACE_SECONDS = 8
 TAIL_LINES = 20
+#: compute-sanitizer's filter: kernels whose mangled names hold the namespace.
+WATCHED = ("--kernel-name", "kernel_substring=vidkern")
 #: The suite of whole steps takes what time the operators' suites leave; its tests are the baselines'.
 WHOLE, MODELS_TESTS = "models", "tests/benchmarks/test_baselines.py"
+#: A suite's tests are tests/ops/test_<name>*.py, by its own name and by these.
+FURTHER_TESTS = {
+    "attention": ["temporal_attention"],
+    "conv3d": ["norm_silu_pad", "upsample_conv"],
+    "mlp": ["activation"],
+    "noise": ["hybrid_loss"],
+}
 PREBUILT = ROOT / "vidkern" / "_C_cuda.so"
 
 
@@ -45,22 +61,39 @@ class Part:
 
 
 def parts_of(suites: Sequence[str], results: Path) -> list[Part]:
-    """Return the parts in order; the benchmarks come last and take the time that is left."""
+    """Return the parts in order: every kernel's first result before all else, the benchmarks in the time left."""
     python = sys.executable
     every = set(suites) == set(SUITES)
-    of_suites = [str(p) for s in suites for p in sorted(ROOT.glob(f"tests/ops/test_{s}*.py"))]
+    names = [name for suite in suites for name in (suite, *FURTHER_TESTS.get(suite, []))]
+    of_suites = [str(path) for name in names for path in sorted(ROOT.glob(f"tests/ops/test_{name}*.py"))]
     tests = ["tests/ops", "tests/diffusion/test_graphs.py"] if every else of_suites or [MODELS_TESTS]
     timed = [f"benchmarks/test_{suite}.py" for suite in sorted(suites, key=lambda suite: (suite == WHOLE, suite))]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    on_gpu = ["--device", "cuda", "--continue-on-collection-errors", "-k", OF_A_GPU, *_processes()]
     build = [] if PREBUILT.exists() else [Part("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 150)]
     return [
         *build,
         Part("doctor", [python, "-m", "vidkern", "doctor"], 30),
-        Part("tests", [*pytest, "--device", "cuda", "--continue-on-collection-errors", *tests], 120),
+        Part("cuda", small_cases(suites, "cuda"), CHECK_SECONDS),
         sanitizer_part("memcheck", suites),
         sanitizer_part("racecheck", suites),
+        Part("triton", small_cases(suites, "triton"), CHECK_SECONDS),
+        Part("tests", [*pytest, *on_gpu, *tests], TESTS_SECONDS),
         Part("benchmarks", [*pytest, "--benchmark", *timed], TOTAL_SECONDS, {JSON_VARIABLE: str(results)}),
     ]
+
+
+def small_cases(suites: Sequence[str], backend: str) -> list[str]:
+    """Return the command that checks a small, ragged case of each of a backend's kernels."""
+    narrowed = [f"--suite={suite}" for suite in suites]
+    return [sys.executable, "-m", "benchmarks.sanitize", "--backend", backend, *narrowed]
+
+
+def _processes() -> list[str]:
+    """Return pytest's options for several processes, none where pytest-xdist is missing."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)))]
 
 
 def sanitizer_part(tool: str, suites: Sequence[str]) -> Part:
@@ -69,9 +102,8 @@ def sanitizer_part(tool: str, suites: Sequence[str]) -> Part:
     It watches our kernels alone: PyTorch's many, which make the inputs and the truth, would take minutes.
     """
     sanitizer = find_sanitizer()
-    small_cases = [sys.executable, "-m", "benchmarks.sanitize", *(f"--suite={suite}" for suite in suites)]
-    options = ["--tool", tool, "--error-exitcode", "1", "--kernel-regex", "kns=vidkern"]
-    command = [sanitizer, *options, *small_cases] if sanitizer else None
+    options = ["--tool", tool, "--error-exitcode", "1", *WATCHED]
+    command = [sanitizer, *options, *small_cases(suites, "cuda")] if sanitizer else None
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Part(tool, command, SANITIZER_SECONDS, uncached, "compute-sanitizer is neither on PATH nor in CUDA_HOME")
 
@@ -80,6 +112,11 @@ def find_sanitizer() -> str | None:
     """Return compute-sanitizer's path, or None."""
     homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *(f"{h}/bin" for h in homes)]))
+
+
+def alone(parts: Sequence[Part], names: Sequence[str]) -> list[Part]:
+    """Return the parts of some names, in order, each with the total time for its limit."""
+    return [replace(part, limit_seconds=TOTAL_SECONDS) for part in parts if part.name in names]
 
 
 def run_part(part: Part, logs: Path, seconds_left: float) -> dict[str, Any]:
@@ -183,6 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the folder for <device>/<date>-<commit>.json and logs")
     parser.add_argument("--suite", choices=SUITES, action="append", help="run this suite alone; may be repeated")
+    parser.add_argument(
+        "--part", choices=PARTS, action="append", help="run this alone, in all the time; may be repeated"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"make gpu needs a CUDA GPU, and torch {torch.__version__} sees none", file=sys.stderr)
@@ -191,7 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs = options.out.resolve() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     results = result_path(environment(device), options.out.resolve())
-    run = write_record(results, device, run_parts(parts_of(options.suite or SUITES, results), logs, TOTAL_SECONDS))
+    parts = parts_of(options.suite or SUITES, results)
+    if options.part:
+        parts = alone(parts, options.part)
+    run = write_record(results, device, run_parts(parts, logs, TOTAL_SECONDS))
     print(summary(run))
     return int(any(part["status"] != "passed" for part in run.parts))
 

@@ -1,4 +1,4 @@
-"""Runs a small, ragged case of every CUDA kernel, forward and backward: what compute-sanitizer watches.
+"""Checks a small, ragged case of every kernel of a backend, forward and backward; compute-sanitizer watches it, too.
 
 compute-sanitizer --tool memcheck python -m benchmarks.sanitize
 """
@@ -12,6 +12,8 @@ import torch
 
 from benchmarks.harness import Problem, Variant, check, make_set, serving_backends
 from benchmarks.suites import SUITES
+from vidkern import _library
+from vidkern._dispatch import NOT_WRITTEN
 
 
 def run_case(problem: Problem, device: torch.device, backend: str) -> str:
@@ -29,20 +31,26 @@ def small_cases(suites: Iterable[str]) -> list[Problem]:
     ]
 
 
+def of_backend(problems: Iterable[Problem], backend: str) -> list[Problem]:
+    """Return the problems for whose operators a backend has kernels, whether they can run here or not."""
+    return [p for p in problems if _library.operators[p.operator].why_not(backend, "cuda") != NOT_WRITTEN]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 1 when a result is wrong or no kernel ran, 2 without a GPU."""
+    """Run the command line; return 1 when a result is wrong or no kernel ran that there is, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
-    parser.add_argument("--suite", choices=SUITES, action="append")
+    parser.add_argument("--suite", choices=SUITES, action="append", help="check this suite alone; may be repeated")
+    parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"compute-sanitizer needs a CUDA GPU, and torch {torch.__version__} sees none", file=sys.stderr)
         return 2
-    outcomes = []
-    for problem in small_cases(options.suite or SUITES):
-        outcomes.append(run_case(problem, torch.device("cuda"), "cuda"))
+    problems, outcomes = of_backend(small_cases(options.suite or SUITES), options.backend), []
+    for problem in problems:
+        outcomes.append(run_case(problem, torch.device("cuda"), options.backend))
         print(f"{problem}: {outcomes[-1]}", flush=True)
-    ran_right = "right" in outcomes and not any(outcome.startswith("wrong") for outcome in outcomes)
-    return 0 if ran_right else 1
+    ran = not outcomes or "right" in outcomes
+    return 0 if ran and not any(outcome.startswith("wrong") for outcome in outcomes) else 1
 
 
 if __name__ == "__main__":

@@ -26,3 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--device {device}: torch {torch.__version__} sees no CUDA device")
     if device.type != "cpu":
         torch.set_default_device(device)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU, leave Triton's tests for the end: each waits for a compiler, the others for nothing."""
+    if torch.device(config.getoption("--device")).type == "cuda":
+        items.sort(key=lambda item: "triton" in item.nodeid or "conv3d_kernels" in item.nodeid)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,8 +17,9 @@ from benchmarks.harness import Problem
 from benchmarks.results import JSON_VARIABLE, Run
 from benchmarks.suites import SUITES
 from tests.benchmarks.problems import CEILINGS, CPU, environment_of, problem_of, result_of
-from vidkern import _library, ops
+from vidkern import _library, _resources, ops
 
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc (CUDA)")
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
 
 
@@ -95,7 +98,11 @@ def test_a_record_is_written_even_when_no_benchmark_ran(tmp_path):
 def test_a_prebuilt_library_is_not_built_again(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PREBUILT", tmp_path / "_C_cuda.so")
     names = [part.name for part in parts_of(SUITES, tmp_path / "run.json")]
-    assert names == ["build", "doctor", "tests", "memcheck", "racecheck", "benchmarks"]
+    assert (
+        names
+        == list(gpu.PARTS)
+        == ["build", "doctor", "cuda", "memcheck", "racecheck", "triton", "tests", "benchmarks"]
+    )
     tests = next(part for part in parts_of(SUITES, tmp_path / "run.json") if part.name == "tests")
     assert tests.command[-2:] == ["tests/ops", "tests/diffusion/test_graphs.py"]
     gpu.PREBUILT.touch()
@@ -115,9 +122,51 @@ def test_a_suite_narrows_every_part(tmp_path, monkeypatch):
     parts = {part.name: part for part in parts_of(["modulation"], tmp_path / "run.json")}
     assert parts["benchmarks"].command[-1] == "benchmarks/test_modulation.py"
     assert parts["benchmarks"].environment == {JSON_VARIABLE: str(tmp_path / "run.json")}
-    assert parts["memcheck"].command[-1] == "--suite=modulation"
+    small_cases = ["-m", "benchmarks.sanitize", "--backend", "cuda", "--suite=modulation"]
+    assert parts["cuda"].command[1:] == small_cases
+    assert parts["memcheck"].command[-len(small_cases) :] == small_cases
     assert parts["memcheck"].command[:3] == ["/cuda/bin/compute-sanitizer", "--tool", "memcheck"]
     assert sum(part.limit_seconds for part in parts.values() if part.name != "benchmarks") < gpu.TOTAL_SECONDS
+
+
+def test_every_suite_runs_the_tests_of_its_operators(tmp_path):
+    def run_by(suites: list[str]) -> set[str]:
+        tests = next(part for part in parts_of(suites, tmp_path / "run.json") if part.name == "tests")
+        return {Path(path).stem for path in tests.command if path.endswith(".py")}
+
+    of_suites = set().union(*(run_by([suite]) for suite in SUITES))
+    every = {path.stem for path in (gpu.ROOT / "tests/ops").glob("test_*.py")}
+    assert every - of_suites == {"test_common", "test_embedding", "test_triton_launches"}
+    assert run_by(["mlp"]) == {"test_activation", "test_activation_kernels"}
+
+
+def test_one_part_has_all_the_time(tmp_path):
+    parts = parts_of(SUITES, tmp_path / "run.json")
+    kept = gpu.alone(parts, ["tests", "doctor"])
+    assert [(part.name, part.limit_seconds) for part in kept] == [("doctor", 520), ("tests", 520)]
+
+
+def test_what_a_cpu_does_is_not_tested_on_a_gpu(tmp_path):
+    (tmp_path / "test_some_kernels.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('backend', ['cpu', 'cuda', 'triton'])\n"
+        "def test_contract(backend): pass\n"
+        "def test_triton_compiles_once(): pass\n"
+        "def test_strides(): pass\n"
+    )
+    (tmp_path / "test_noise_aot.py").write_text("def test_registers(): pass\n")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-k", gpu.OF_A_GPU]
+    listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    kept = [line.split("::")[1] for line in listed.splitlines() if "::" in line]
+    assert kept == ["test_contract[cuda]", "test_contract[triton]", "test_strides"]
+
+
+@needs_nvcc
+def test_the_filter_of_the_sanitizer_names_our_kernels_alone():
+    dump, reason = _resources.resource_usage()
+    assert dump is not None, reason
+    (substring,) = [word.removeprefix("kernel_substring=") for word in gpu.WATCHED if "=" in word]
+    assert all(substring in instance.name for instance in _resources.instances(dump))
 
 
 def test_the_sanitizers_find_goes_into_the_record_and_the_next_part_runs(tmp_path, monkeypatch):
@@ -129,8 +178,8 @@ def test_the_sanitizers_find_goes_into_the_record_and_the_next_part_runs(tmp_pat
     memcheck, racecheck = run_parts(parts, tmp_path, 60)
     assert (memcheck["status"], racecheck["status"]) == ("failed", "passed")
     told, last = memcheck["tail"]
-    assert told.startswith("--tool memcheck --error-exitcode 1 --kernel-regex kns=vidkern ")
-    assert told.endswith("-m benchmarks.sanitize --suite=modulation")
+    assert told.startswith("--tool memcheck --error-exitcode 1 --kernel-name kernel_substring=vidkern ")
+    assert told.endswith("-m benchmarks.sanitize --backend cuda --suite=modulation")
     assert last == "========= ERROR SUMMARY: 1 error"
 
 
@@ -167,6 +216,13 @@ def test_every_family_has_a_small_case_of_every_operator():
     covered = {problem.operator for problem in small}
     modulation = {"layer_norm_modulate", "rms_norm_modulate", "gate_residual"}
     assert modulation | {"gate_residual_modulate", "gate_residual_rms_modulate"} <= covered <= set(_library.operators)
+
+
+def test_a_backend_is_not_asked_for_kernels_that_it_has_not():
+    small = sanitize.small_cases(SUITES)
+    assert sanitize.of_backend(small, "cuda") == small
+    of_triton = {problem.operator for problem in sanitize.of_backend(small, "triton")}
+    assert {problem.operator for problem in small} - of_triton == {"adamw_ema_", "norm_silu_pad"}
 
 
 def test_a_small_case_is_judged_and_says_which_backend_is_absent():
