@@ -11,7 +11,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 TORCH = Path(torch.__file__).parent
 FLAGS = (
-    "-std=c++20 -O1 -fPIC -shared -fno-strict-aliasing -fvisibility=hidden -ffp-contract=off -Wall -Werror "
+    "-std=c++20 -O1 -fPIC -shared -fno-strict-aliasing -fvisibility=hidden -ffp-contract=off -fsanitize=alignment "
+    "-Wall -Werror -Wl,--as-needed "
     "-Wno-unknown-pragmas -DVIDKERN_EMULATOR -DVIDKERN_CUDA_KEY=CPU -DUSE_CUDA "
     "-DTORCH_TARGET_VERSION=0x020b000000000000"
 )

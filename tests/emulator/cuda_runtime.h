@@ -2,7 +2,8 @@
 //
 // Blocks run in turn and the threads of a block as fibers, each until it waits. What a GPU leaves undefined is an error
 // here: shared memory read before it was written, read or written by two threads with no barrier between them, or out
-// of bounds; a shuffle that its mask does not cover; a barrier that some thread never reaches.
+// of bounds; a shuffle that its mask does not cover; a barrier that some thread never reaches; an access that is not
+// aligned to its type's size; a launch beyond what every GPU takes.
 #pragma once
 
 #include <ucontext.h>
@@ -56,6 +57,7 @@ namespace emulator {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 64 * 1024;
+constexpr unsigned kMaxThreads = 1024, kMaxBlocks = 0x7fffffff;  // of a launch
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("emulator: " + what); }
 inline std::string name(int thread) { return "thread " + std::to_string(thread); }
@@ -85,7 +87,7 @@ struct Thread {
 // The device: one block at a time, its threads as fibers that run until they wait.
 struct Machine {
   std::vector<Thread> threads;
-  Thread* current = nullptr;
+  Thread* current = nullptr;  // the one that runs now; null on the host
   Jump scheduler;
   std::function<void()> kernel;
   std::string error;
@@ -98,7 +100,10 @@ struct Machine {
   __attribute__((noipa)) void resume(Thread& thread) {
     current = &thread;
     threadIdx.x = static_cast<unsigned>(thread.id);
-    if (__builtin_setjmp(scheduler) != 0) return;
+    if (__builtin_setjmp(scheduler) != 0) {
+      current = nullptr;
+      return;
+    }
     if (std::exchange(thread.started, true)) go_on(thread.jump);
     setcontext(&thread.context);
   }
@@ -153,6 +158,21 @@ inline void Machine::enter_thread() {
   machine.current->finished = true;
   ++machine.progress;
   machine.wait();
+}
+
+// What the compiler calls at a misaligned access (-fsanitize=alignment), and what it then knows.
+struct Misaligned {
+  const char* file;
+  uint32_t line, column;
+  const void* type;
+  unsigned char log_alignment;
+};
+
+inline void refuse(const Misaligned& access) {
+  if (machine.current == nullptr) return;  // the host takes any
+  machine.error = "emulator: " + name(machine.current->id) + ": an access in line " + std::to_string(access.line) +
+                  " of " + access.file + " is not aligned to " + std::to_string(1 << access.log_alignment) + " bytes";
+  machine.wait();  // for ever
 }
 
 inline void sync_threads() {
@@ -253,6 +273,8 @@ struct Cell {
 
 template <typename... Parameters>
 int launch(dim3 grid, dim3 block, void (*kernel)(Parameters...), Parameters... arguments) {
+  if (grid.x - 1 >= kMaxBlocks || block.x - 1 >= kMaxThreads)
+    fail("a launch of " + std::to_string(grid.x) + " blocks of " + std::to_string(block.x) + " threads");
   gridDim = grid, blockDim = block;
   machine.kernel = [&] { kernel(arguments...); };
   ++machine.launches;

@@ -18,6 +18,8 @@ enum Fault {
   kBarrierNotReached,
   kReadBeforeWrite,
   kOverwriteAfterRead,
+  kMisaligned,
+  kTooManyThreads,
 };
 
 // out[i] = x[63 - i], through shared memory, plus the sum of a warp's lane numbers, through shuffles.
@@ -39,12 +41,13 @@ __global__ void reverse_kernel(const float* x, float* out, int fault) {
     total += __shfl_xor_sync(mask, total, width);
   }
   if (fault == kUnwrittenOutput && i == 9) return;
+  if (fault == kMisaligned && i == 3) total += Pack<float>::aligned(x + 1).low.x;
   out[i] = reversed + total;
 }
 
 Tensor reverse(const Tensor& x, int64_t fault) {
   const Tensor out = empty_beside(x, {x.size(0)}, ScalarType::Float);
-  launch(x, reverse_kernel, 1, kThreads, x.const_data_ptr<float>(), out.mutable_data_ptr<float>(),
+  launch(x, reverse_kernel, 1, fault == kTooManyThreads ? 2048 : kThreads, x.const_data_ptr<float>(), out.mutable_data_ptr<float>(),
          static_cast<int>(fault));
   return out;
 }

@@ -18,6 +18,8 @@ FAULTS = {
     "barrier not reached by all": (7, "some threads of a block end while others wait at __syncthreads"),
     "read before write": (8, "thread 63: shared element 0 is read before it is written"),
     "overwritten after a read": (9, "shared element 63 is overwritten with no barrier after another thread's read"),
+    "misaligned access": (10, "thread 3: an access in line .* of .*device.h is not aligned to 16 bytes"),
+    "too many threads": (11, "a launch of 1 blocks of 2048 threads"),
 }
 
 

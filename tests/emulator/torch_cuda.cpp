@@ -25,6 +25,10 @@ AOTITorchError torch_c10_cuda_check_msg(int32_t, const char*, const char*, uint3
 
 void torch_c10_cuda_free_error_msg(char*) {}
 
+extern "C" void __ubsan_handle_type_mismatch_v1(const emulator::Misaligned* access, const void*) {
+  emulator::refuse(*access);
+}
+
 static int64_t launches() { return emulator::machine.launches; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cuda, m) { m.def("launches() -> int"); }
