@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +41,26 @@ def poisoned_empty() -> Iterator[None]:
         libc.mallopt(M_PERTURB, 0)
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+#: Elements between the halves of a tensor that is far apart, and of each of the places in which a half lies.
+FAR, PLACE, PLACES = 2**31, 16384, 64
+_next_place = itertools.count()
+
+
+@functools.cache
+def _room(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory for all tensors that are far apart: 4 GiB in 16 bits, of which a CPU gets the few pages in use."""
+    return torch.empty(FAR + PLACE * PLACES, dtype=dtype, device=device)
+
+
+def far_apart(tensor: Tensor, dim: int) -> Tensor:
+    """Return a small tensor's values, with 2^31 elements from one index of a dimension to the other."""
+    assert tensor.shape[dim] <= 2
+    strides = [FAR if i == dim else stride for i, stride in enumerate(tensor.stride())]
+    assert sum((size - 1) * stride % FAR for size, stride in zip(tensor.shape, strides, strict=True)) < PLACE
+    room, start = _room(tensor.dtype, tensor.device), next(_next_place) % PLACES * PLACE
+    return room.as_strided(tensor.shape, strides, start).copy_(tensor)
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests import triton_aot
 from tests.ops.backends import Kernels, kernels_of
-from tests.ops.common import KERNEL_DTYPES, assert_contract, poisoned_empty
+from tests.ops.common import KERNEL_DTYPES, assert_contract, far_apart, poisoned_empty
 from vidkern import _library
 from vidkern.ops.activation import reference, triton_kernels
 
@@ -139,6 +139,14 @@ def test_strides_are_read_in_place(kernels, start, dtype):
         packed = run(kernels, grad.contiguous(), x.contiguous(), bias.clone())
         for got, wanted in zip(run(kernels, grad, x, bias), packed, strict=True):
             assert torch.equal(got, wanted)
+
+
+def test_offsets_of_more_than_32_bits(kernels):
+    dy, x, bias = make(2, 16, torch.bfloat16, kernels.device)
+    for got, wanted in zip(
+        run(kernels, far_apart(dy, 0), far_apart(x, 0), bias), run(kernels, dy, x, bias), strict=True
+    ):
+        assert torch.equal(got, wanted)
 
 
 def test_no_rows(kernels):

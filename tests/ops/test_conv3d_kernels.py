@@ -9,7 +9,7 @@ from torch import Tensor
 
 import vidkern
 from tests.ops.backends import kernels_of
-from tests.ops.common import KERNEL_DTYPES, assert_contract, leaves, poisoned_empty, value_and_grads
+from tests.ops.common import KERNEL_DTYPES, assert_contract, far_apart, leaves, poisoned_empty, value_and_grads
 from tests.ops.test_conv3d import plain_conv, stream, video
 from vidkern import _dispatch, ops
 from vidkern.ops.conv3d import reference, triton_kernels
@@ -211,22 +211,14 @@ def test_nan_and_inf_reach_what_the_definition_reaches(kernels, value):
     assert not y.isfinite().all()
 
 
-def spread(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Return x's values with other strides, in memory that is not touched in between."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
-    out = torch.empty(span, dtype=x.dtype, device=x.device).as_strided(x.shape, strides)
-    return out.copy_(x)
-
-
 @pytest.mark.parametrize(("name", "axis"), [("x", 0), ("x", 2), ("x", 3), ("x", 4), ("weight", 0)])
 def test_offsets_of_more_than_32_bits(kernels, name, axis):
-    case = Case((2, 2, 2), (8, 3), (2, 2, 2, 2), cached=1)
+    case = Case((2, 2, 2), (8, 2), (2, 2, 2, 2), cached=1)
     inputs = random_inputs(case, torch.bfloat16, kernels.device)
-    dy = video(2, 3, 2, 2, 2).to(kernels.device, torch.bfloat16)
+    dy = video(2, 2, 2, 2, 2).to(kernels.device, torch.bfloat16)
     near = inputs[name].contiguous(memory_format=torch.channels_last_3d)
-    strides = [stride if i != axis else 2**31 for i, stride in enumerate(near.stride())]
     y, grads = run(kernels, case, inputs, dy)
-    y_far, grads_far = run(kernels, case, {**inputs, name: spread(near, tuple(strides))}, dy)
+    y_far, grads_far = run(kernels, case, {**inputs, name: far_apart(near, axis)}, dy)
     assert torch.equal(y_far, y)
     assert all(torch.equal(grads_far[name], grad) for name, grad in grads.items())
 

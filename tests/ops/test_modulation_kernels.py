@@ -11,7 +11,7 @@ from torch import Tensor
 from tests import triton_aot
 from tests.ops import modulation_cases as cases
 from tests.ops.backends import Kernels, kernels_of
-from tests.ops.common import KERNEL_DTYPES, assert_contract, poisoned_empty
+from tests.ops.common import KERNEL_DTYPES, assert_contract, far_apart, poisoned_empty
 from tests.ops.modulation_cases import EPS, Tensors, exact_results, make_inputs, make_upstream, plain_results
 from vidkern import _library
 from vidkern.ops.modulation import triton_kernels
@@ -170,6 +170,16 @@ def test_strides_are_read_in_place(kernels, name, start, dtype):
     check(kernels, name, inputs, upstream)
     packed = [{key: tensor.contiguous() for key, tensor in given.items()} for given in (inputs, upstream)]
     assert_same_bits(run(kernels, name, inputs, upstream), run(kernels, name, *packed))
+
+
+@every_operator
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_offsets_of_more_than_32_bits(kernels, name, dim):
+    inputs = make_inputs(name, (2, 2, 2, 16), kernels.device, torch.bfloat16)
+    upstream = make_upstream(name, inputs)
+    far_inputs = {key: far_apart(value, dim % (value.dim() - 1)) for key, value in inputs.items()}
+    far_upstream = {key: far_apart(value, dim) for key, value in upstream.items()}
+    assert_same_bits(run(kernels, name, far_inputs, far_upstream), run(kernels, name, inputs, upstream))
 
 
 @every_operator

@@ -12,7 +12,7 @@ from torch import Tensor
 import vidkern
 from tests.ops import noise_statistics
 from tests.ops.backends import Kernels, kernels_of
-from tests.ops.common import KERNEL_DTYPES, assert_contract, poisoned_empty
+from tests.ops.common import KERNEL_DTYPES, assert_contract, far_apart, poisoned_empty
 from vidkern import _library, ops
 from vidkern.ops.noise import reference
 
@@ -135,6 +135,17 @@ def test_clips_are_read_where_they_lie(kernels, dtype, view):
         call(kernels, "add_noise", view(x0), *args), reference.add_noise(view(x0), *args), strict=True
     ):
         assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("dim", range(5))
+def test_offsets_of_more_than_32_bits(kernels, dim):
+    shape = (2, 2, 2, 2, 2)
+    x0, levels = make_clip(shape, kernels.device, torch.bfloat16), make_levels(shape, kernels.device)
+    args = (*levels, make_key(kernels.device), "v", *make_mode("mixed", shape, kernels.device))
+    far, near = far_apart(x0, dim), x0.clone()
+    pairs = [(call(kernels, "add_noise", x, *args), call(kernels, "diffusion_mse", x, x, *args)) for x in (far, near)]
+    for of_far, of_near in zip(*pairs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(of_far, of_near, strict=True))
 
 
 @every_shape

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.backends import Kernels, kernels_of
-from tests.ops.common import KERNEL_DTYPES, assert_contract, leaves, poisoned_empty, value_and_grads
+from tests.ops.common import KERNEL_DTYPES, assert_contract, far_apart, leaves, poisoned_empty, value_and_grads
 from tests.ops.test_norm_silu_pad import plain
 from vidkern.ops.conv3d import reference
 
@@ -176,3 +176,18 @@ def test_the_same_call_gives_the_same_bits_on_any_number_of_threads():
     torch.set_num_threads(1)
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dim", [0, 2, 3, 4])
+@pytest.mark.parametrize(("norm", "groups"), [("rms", 1), ("group", 2)])
+def test_offsets_of_more_than_32_bits(kernels, norm, groups, dim):
+    x = video(kernels, 2, 8, 2, 2, 2, dtype=torch.bfloat16)
+    weight, rest = torch.randn(8, device=kernels.device), ([1, 1, 1], [1, 1, 1], "zeros", "zeros")
+
+    def run(x: Tensor) -> list[Tensor]:
+        padded, *statistics = kernels.find("norm_silu_pad")(x, weight, None, None, norm, groups, EPS, *rest)
+        dpadded = far_apart(padded, dim) if x.stride(dim) == 2**31 else padded
+        backward = kernels.find("norm_silu_pad_backward")
+        return [padded, *backward(dpadded, x, weight, None, None, *statistics, norm, groups, *rest)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(far_apart(x, dim)), run(x), strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vidkern
 from tests.ops.backends import Kernels, kernels_of
-from tests.ops.common import KERNEL_DTYPES, assert_contract, no_synchronisation, poisoned_empty
+from tests.ops.common import KERNEL_DTYPES, assert_contract, far_apart, no_synchronisation, poisoned_empty
 from vidkern import _library, ops
 from vidkern.diffusion import Schedule, make_schedule
 from vidkern.ops.sampling import reference
@@ -303,6 +303,16 @@ def test_clips_are_read_where_they_lie(kernels, name, dtypes, view):
     assert_same_bits(call(kernels, step), step.plain())
     learned = replace(step, variance="learned_range")
     assert_meets_the_contract(call(kernels, learned), learned)
+
+
+@every_operator
+@pytest.mark.parametrize("dim", range(5))
+def test_offsets_of_more_than_32_bits(kernels, name, dim):
+    dtypes = (torch.bfloat16, torch.bfloat16)
+    options = {"guidance_scale": None if dim == 0 else 2.5, "eta": 0.7, "sharing": "mixed"}
+    step = make_step(name, (2, 2, 1, 2, 2), dtypes, device=kernels.device, **options)
+    far = replace(step, x_t=far_apart(step.x_t, dim), model_out=far_apart(step.model_out, dim))
+    assert_same_bits(call(kernels, far), call(kernels, step))
 
 
 @every_operator

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.backends import kernels_of
-from tests.ops.common import KERNEL_DTYPES, assert_contract, poisoned_empty
+from tests.ops.common import KERNEL_DTYPES, assert_contract, far_apart, poisoned_empty
 from tests.ops.test_attention import plain_temporal, rope_tables
 from vidkern.ops.attention import reference
 
@@ -197,6 +197,16 @@ def test_strides_are_read_in_place(kernels, start, dtype):
     ours = run(kernels, q, k, v, do, options)
     wanted = run(kernels, *(x.contiguous() for x in (q, k, v, do)), packed)
     assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dim", range(4))
+@pytest.mark.parametrize("frames", [2, 17])
+def test_offsets_of_more_than_32_bits(kernels, frames, dim):
+    shape = (2, frames if dim != 1 else 2, 2, 2, 32)
+    tokens = [torch.randn(shape, device=kernels.device).bfloat16() for _ in range(4)]
+    options = Options()
+    far = run(kernels, *(far_apart(x, dim) for x in tokens), options)
+    assert all(torch.equal(a, b) for a, b in zip(far, run(kernels, *tokens, options), strict=True))
 
 
 @every_dtype
