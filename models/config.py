@@ -220,6 +220,9 @@ def _check_values(config: TrainConfig) -> None:
     for name, (least, most) in _RANGES.items():
         if values[name] is not None:
             check_range(name, values[name], least, most)
+    for beta in config.optim.betas:
+        if not 0 <= beta < 1:
+            raise UsageError(f"--optim.betas wants numbers from 0 to below 1, got {beta}")
     if config.log.sample_every:
         check_range("log.sample_steps", config.log.sample_steps, 1, config.diffusion.num_steps)
     correlated = config.diffusion.noise in ("mixed", "progressive")

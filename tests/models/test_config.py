@@ -63,6 +63,7 @@ def test_differences_are_named() -> None:
         (["--diffusion.ptss_probability", "2"], "--diffusion.ptss_probability wants from 0 to 1, got 2.0"),
         (["--diffusion.noise_base_weight", "3"], "--diffusion.noise_base_weight wants from 0 to 1, got 3.0"),
         (["--optim.lr", "nan"], "--optim.lr wants at least 0, got nan"),
+        (["--optim.betas", "0.9", "1.5"], "--optim.betas wants numbers from 0 to below 1, got 1.5"),
         (["--optim.max_grad_norm", "-1"], "--optim.max_grad_norm wants at least 0, got -1.0"),
         (["--optim.ema_decay", "2"], "--optim.ema_decay wants from 0 to 1, got 2.0"),
         (["--data.images", "-1"], "--data.images wants at least 0, got -1"),
