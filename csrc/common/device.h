@@ -102,6 +102,25 @@ struct Pack<float> {
   }
 };
 
+template <typename T>
+__device__ inline Pack<T> load_at(const T* p, bool aligned) {
+  return aligned ? Pack<T>::aligned(p) : Pack<T>::unaligned(p);
+}
+
+template <typename T>
+__device__ inline void load_floats_of(const void* data, int64_t first, bool aligned, float (&v)[kPack]) {
+  load_at(static_cast<const T*>(data) + first, aligned).widen(v);
+}
+
+// Eight elements of any dtype, from one on.
+__device__ inline void load_floats(Dtype dtype, const void* data, int64_t first, bool aligned, float (&v)[kPack]) {
+  switch (dtype) {
+    case Dtype::float32: return load_floats_of<float>(data, first, aligned, v);
+    case Dtype::bfloat16: return load_floats_of<__nv_bfloat16>(data, first, aligned, v);
+    case Dtype::float16: return load_floats_of<__half>(data, first, aligned, v);
+  }
+}
+
 // --- rows: a block holds a row of D elements, thread t the packs t, t + blockDim.x, ... ---
 
 __device__ inline int column(int pack) { return (threadIdx.x + pack * blockDim.x) * kPack; }
@@ -168,7 +187,7 @@ __device__ inline void widen(const Pack<T> (&packs)[kTokens][kPacks], float (&v)
 template <typename T>
 __device__ inline Pack<T> load_pack(const T* row, bool aligned, int p, int d) {  // zeros from column d on
   if (column(p) >= d) return {};
-  return aligned ? Pack<T>::aligned(row + column(p)) : Pack<T>::unaligned(row + column(p));
+  return load_at(row + column(p), aligned);
 }
 
 template <typename T>
@@ -235,6 +254,18 @@ __device__ inline void block_sum(float (&v)[kValues], Shared<float, kSize>& scra
   for (int w = 0; w < warps; ++w) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) v[i] += scratch[w * kValues + i];
+  }
+}
+
+// --- launches ---
+
+// Calls f(T{}), on the host, with the type that holds a dtype.
+template <typename F>
+void with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float32: return f(float{});
+    case Dtype::bfloat16: return f(__nv_bfloat16{});
+    case Dtype::float16: return f(__half{});
   }
 }
 

@@ -9,13 +9,6 @@ namespace vidkern {
 
 constexpr float kNatsPerBit = 0.693147181f;
 
-struct Table {  // float32 (T,), any stride
-  const float* data;
-  int64_t stride;
-
-  VIDKERN_HOST_DEVICE float operator[](int64_t step) const { return data[step * stride]; }
-};
-
 // What the bound takes of a frame, whose residuals are pred - target.
 struct Bound {
   bool decodes;      // t = 0: -log p(x_0 | x_1), elsewhere KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
@@ -50,11 +43,6 @@ struct BoundTables {
     const float distance = mean_coef[step] * x0_distance(level), variance = expf(low[step]);
     return {step == 0, distance, distance * distance / variance, low[step], 0.5f * (high[step] - low[step])};
   }
-};
-
-template <typename V>
-struct TermOf {  // of the bound, in nats, and its derivative by the log of p's standard deviation
-  V value, slope;
 };
 
 // The arithmetic of an element is written once for V = float and for vectors of floats, with as many Bits.
@@ -150,8 +138,6 @@ VIDKERN_PHILOX Term<V> decoder(const Bound& bound, V x0, V residual, V v) {
   return {probability < kLeastProbability ? V{} + kMost : -logarithm<V, Bits>(probability),
           probability < kLeastProbability ? V{} : slope};
 }
-
-inline Table table_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0)}; }
 
 inline BoundTables bound_tables_of(const Tensor& t, const Tensor& mean_coef, const Tensor& low, const Tensor& high,
                                    Target prediction) {

@@ -98,6 +98,13 @@ struct StepNoise : Noise {  // of a sampler's step: another timestep is other no
   }
 };
 
+struct Table {  // a schedule's, float32 (T,), any stride
+  const float* data;
+  int64_t stride;
+
+  VIDKERN_HOST_DEVICE float operator[](int64_t step) const { return data[step * stride]; }
+};
+
 // What a model regresses on, of clean x, noise n and the frame's levels.
 enum class Target { none, epsilon, v, flow, x0 };
 
@@ -144,6 +151,8 @@ inline Clip contiguous_clip(const Tensor& t) {  // (B, F, ...), contiguous
 inline Timesteps timesteps_of(const Tensor& t) { return {t.const_data_ptr<int64_t>(), t.stride(0), t.stride(1)}; }
 
 inline Levels levels_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0), t.stride(1)}; }
+
+inline Table table_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0)}; }
 
 inline Sharing sharing_of(const std::string& name) {
   if (name == "independent") return Sharing::independent;

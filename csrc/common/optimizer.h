@@ -66,13 +66,6 @@ inline Number number_of(const Tensor& value) {
   return {value.data_ptr(), value.scalar_type() == ScalarType::Double};
 }
 
-inline Settings settings_of(const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
-                            const Tensor& decay, const std::optional<Tensor>& gradient_scale) {
-  return {number_of(lr), number_of(decay), gradient_scale ? number_of(*gradient_scale) : Number{},
-          beta1,         beta2,            eps,
-          weight_decay};
-}
-
 // Calls run(T{}, A{}) with values of the types of the parameters and of their averages, these in T or in float32.
 template <typename Bfloat16, typename Float16, typename F>
 void with_types(const Lists& lists, F run) {
@@ -85,12 +78,30 @@ void with_types(const Lists& lists, F run) {
   }
 }
 
-// The operator's schema, the same in every compiled library.
-template <typename Library>
-void define(Library& m) {
-  m.def("adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-        " Tensor[] steps, Tensor(d!)[] averages, Tensor lr, float beta1, float beta2, float eps, float weight_decay,"
-        " Tensor ema_decay, Tensor? grad_scale) -> ()");
-}
+// The operator of a compiled library. Backend has step(Lists, Settings).
+template <typename Backend>
+struct Operator {
+  static void adamw_ema_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+                         std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<Tensor> averages,
+                         const Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
+                         const Tensor& ema_decay, std::optional<Tensor> grad_scale) {
+    Backend::step({params, grads, exp_avgs, exp_avg_sqs, steps, averages},
+                  {.lr = number_of(lr), .decay = number_of(ema_decay),
+                   .gradient_scale = grad_scale ? number_of(*grad_scale) : Number{},
+                   .beta1 = beta1, .beta2 = beta2, .eps = eps, .weight_decay = weight_decay});
+  }
+
+  template <typename Library>
+  static void define(Library& m) {
+    m.def("adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+          " Tensor[] steps, Tensor(d!)[] averages, Tensor lr, float beta1, float beta2, float eps, float weight_decay,"
+          " Tensor ema_decay, Tensor? grad_scale) -> ()");
+  }
+
+  template <typename Library>
+  static void implement(Library& m) {
+    m.impl("adamw_ema_", TORCH_BOX(&adamw_ema_));
+  }
+};
 
 }  // namespace vidkern::optimizer

@@ -16,13 +16,6 @@ enum class Method { ddim, ddpm, flow };
 enum class Prediction { epsilon, v, x0, flow };
 enum class Variance { learned_range, fixed_small, fixed_large };
 
-struct Table {  // a schedule's, float32 (T)
-  const float* data;
-  int64_t stride;
-
-  VIDKERN_HOST_DEVICE float at(int64_t t, float clean) const { return t < 0 ? clean : data[t * stride]; }
-};
-
 struct Held {  // bool (B, F), any strides; null: no frame
   const bool* data;
   int64_t stride_b, stride_f;
@@ -39,6 +32,8 @@ struct Step {
   float eta_squared;  // of ddim
   bool guided, clips;
   float guidance, clip;
+
+  VIDKERN_HOST_DEVICE float level(int64_t t, float clean) const { return t < 0 ? clean : table[t]; }
 
   // Whether a frame comes out as it went in.
   VIDKERN_HOST_DEVICE bool keeps(int64_t b, int64_t f) const { return t.at(b, f) < 0 || hold.at(b, f); }
@@ -119,7 +114,7 @@ VIDKERN_PHILOX FrameStep flow_frame(float sigma, float sigma_prev) {
 template <Method method>
 VIDKERN_PHILOX FrameStep frame_step(const Step& step, int64_t b, int64_t f) {
   constexpr float kClean = method == Method::flow ? 0.0f : 1.0f;
-  const float now = step.table.at(step.t.at(b, f), kClean), then = step.table.at(step.t_prev.at(b, f), kClean);
+  const float now = step.level(step.t.at(b, f), kClean), then = step.level(step.t_prev.at(b, f), kClean);
   if constexpr (method == Method::ddim) return ddim_frame(step, now, then);
   else if constexpr (method == Method::ddpm) return ddpm_frame(step, now, then);
   else return flow_frame(now, then);
@@ -199,7 +194,7 @@ inline Step step_of(const Tensor& t, const Tensor& t_prev, const Tensor& table, 
   Step step = {};
   step.prediction = prediction_of(prediction);
   step.t = timesteps_of(t), step.t_prev = timesteps_of(t_prev);
-  step.table = {table.const_data_ptr<float>(), table.stride(0)};
+  step.table = table_of(table);
   if (hold) step.hold = {hold->const_data_ptr<bool>(), hold->stride(0), hold->stride(1)};
   step.guided = guidance_scale.has_value(), step.guidance = static_cast<float>(guidance_scale.value_or(1.0));
   step.clips = clip_x0.has_value(), step.clip = static_cast<float>(clip_x0.value_or(0.0));

@@ -119,23 +119,19 @@ VIDKERN_CLONES void move_stretches(const Work& work, int64_t begin, int64_t end)
   }
 }
 
-void adamw_ema_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-                std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<Tensor> averages,
-                const Tensor& lr, double beta1, double beta2, double eps, double weight_decay, const Tensor& ema_decay,
-                std::optional<Tensor> grad_scale) {
-  const Lists lists{params, grads, exp_avgs, exp_avg_sqs, steps, averages};
-  const Work work =
-      work_of(lists, optimizer::settings_of(lr, beta1, beta2, eps, weight_decay, ema_decay, grad_scale));
-  optimizer::with_types<bfloat16, float16>(lists, [&]<typename T, typename A>(T, A) {
-    torch::stable::parallel_for(
-        0, work.stretches, 2, [&](int64_t begin, int64_t end) { move_stretches<T, A>(work, begin, end); });
-  });
-}
+struct Cpu {
+  static void step(const Lists& lists, const Settings& settings) {
+    const Work work = work_of(lists, settings);
+    optimizer::with_types<bfloat16, float16>(lists, [&]<typename T, typename A>(T, A) {
+      torch::stable::parallel_for(
+          0, work.stretches, 2, [&](int64_t begin, int64_t end) { move_stretches<T, A>(work, begin, end); });
+    });
+  }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cpu, m) { optimizer::define(m); }
-
-STABLE_TORCH_LIBRARY_IMPL(vidkern_cpu, CPU, m) { m.impl("adamw_ema_", TORCH_BOX(&adamw_ema_)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cpu, m) { optimizer::Operator<Cpu>::define(m); }
+STABLE_TORCH_LIBRARY_IMPL(vidkern_cpu, CPU, m) { optimizer::Operator<Cpu>::implement(m); }
 
 }  // namespace vidkern::cpu

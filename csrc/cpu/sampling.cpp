@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/sampling.h"
+#include "cpu/exp.h"
 #include "cpu/noise_stretch.h"
 #include "cpu/vec.h"
 
@@ -44,26 +45,17 @@ VIDKERN_CLONES void add_scaled(float std, const float* n, float* out, int64_t co
 
 constexpr float kExpRange = 104.0f;  // beyond, e^x is 0 or infinite
 
-// e^x within 1 ulp, |x| <= kExpRange. x = n ln 2 + r, |r| <= ln 2 / 2; the polynomial is Cephes' expf.
+// e^x within 1 ulp, |x| <= kExpRange.
 VIDKERN_INLINE float exp(float x) {
-  constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   constexpr int32_t kBias = 127, kFractionBits = 23;
-  const float shifted = x * kLog2e + kShift, n = shifted - kShift;
-  const float r = (x - n * kLn2High) - n * kLn2Low;
-  float p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const Exponential<float> e(x);
   // 2^n in two factors, as it may be no float itself
-  const auto power = static_cast<int32_t>(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(kShift));
+  const auto n = static_cast<int32_t>(bit_cast<uint32_t>(e.shifted) - bit_cast<uint32_t>(e.kShift));
   const auto two_to_the = [](int32_t k) VIDKERN_INLINE_LAMBDA {
     return bit_cast<float>(static_cast<uint32_t>(k + kBias) << kFractionBits);
   };
-  const int32_t half = power >> 1;
-  return p * two_to_the(half) * two_to_the(power - half);
+  const int32_t half = n >> 1;
+  return (e.rest + 1.0f) * two_to_the(half) * two_to_the(n - half);
 }
 
 // (two loops, so that GCC vectorises both) `logs` may be v

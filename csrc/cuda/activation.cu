@@ -59,20 +59,6 @@ struct Columns {
   __device__ void store(int r, const float (&v)[kPack]) const { Pack<T>::round(v).store(row + r * stride); }
 };
 
-template <typename T>
-__device__ inline void load_bias_of(const FrameVector& bias, int64_t column, float (&v)[kPack]) {
-  const T* p = static_cast<const T*>(bias.data) + column;
-  (bias.aligned ? Pack<T>::aligned(p) : Pack<T>::unaligned(p)).widen(v);
-}
-
-__device__ inline void load_bias(const FrameVector& bias, int64_t column, float (&v)[kPack]) {
-  switch (bias.dtype) {
-    case Dtype::float32: return load_bias_of<float>(bias, column, v);
-    case Dtype::bfloat16: return load_bias_of<__nv_bfloat16>(bias, column, v);
-    case Dtype::float16: return load_bias_of<__half>(bias, column, v);
-  }
-}
-
 template <bool kBias, bool kActivation, bool kGradient, typename T>
 __global__ void __maxnreg__(kRegisters) activation_kernel(const Activation a, const Grid grid) {
   constexpr bool kSums = kGradient && (kBias || kActivation);
@@ -83,9 +69,7 @@ __global__ void __maxnreg__(kRegisters) activation_kernel(const Activation a, co
   const int rows = static_cast<int>(a.rows - first < grid.run ? a.rows - first : grid.run);
   Columns<T> x(a.x, first, column), dy(a.dy, first, column), y(a.y, first, column), dx(a.dx, first, column);
   float bias[kPack] = {}, sums[kPack] = {};
-  if constexpr (kBias) {
-    load_bias(a.bias, column, bias);
-  }
+  if constexpr (kBias) load_floats(a.bias.dtype, a.bias.data, column, a.bias.aligned, bias);
 #pragma unroll 1
   for (int n = 0; n < rows; n += kRows) {
     Pack<T> x_packs[kRows], dy_packs[kRows];
@@ -144,16 +128,6 @@ __global__ void __launch_bounds__(kSumWarps * kWarp) sum_kernel(
     sum = {sum.x + scratch[other], sum.y + scratch[other + 1], sum.z + scratch[other + 2], sum.w + scratch[other + 3]};
   }
   __stwb(reinterpret_cast<float4*>(total + column), sum);
-}
-
-// Calls f(T{}) with the element type of the tensors.
-template <typename F>
-void with_type(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::float32: return f(float{});
-    case Dtype::bfloat16: return f(__nv_bfloat16{});
-    case Dtype::float16: return f(__half{});
-  }
 }
 
 int chunks_of(int64_t d) { return static_cast<int>((d + kMaxThreads * kPack - 1) / (kMaxThreads * kPack)); }

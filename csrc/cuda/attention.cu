@@ -26,6 +26,11 @@ Heads heads_of(const Tensor& x, int part = 0) {
           rows_aligned(x)};
 }
 
+// The tokens that attention gives, of tokens apart or packed: (B, F, N, H, d), contiguous.
+Tensor empty_heads(const Tensor& x) {
+  return empty_beside(x, {x.size(0), x.size(1), x.size(2), x.size(-2), x.size(-1)}, x.scalar_type());
+}
+
 // What all tokens share: bias (H, F, F), cos and sin (F, d), scale and mask.
 struct Options {
   Optional bias, cos, sin;  // contiguous float32, as kernels read them
@@ -65,11 +70,7 @@ Problems problems_of(const Tensor& tokens, const Options& options, bool bias_gra
 }
 
 void run_forward(const Tensor& tokens, const Forward& call) {
-  switch (dtype_of(tokens)) {
-    case Dtype::float32: return launch_forward<float>(tokens, call);
-    case Dtype::bfloat16: return launch_forward<__nv_bfloat16>(tokens, call);
-    case Dtype::float16: return launch_forward<__half>(tokens, call);
-  }
+  with_type(dtype_of(tokens), [&](auto element) { launch_forward<decltype(element)>(tokens, call); });
 }
 
 constexpr int kSumColumns = 32, kSumSlices = 8;  // a block adds kSumSlices stretches of runs side by side
@@ -98,11 +99,7 @@ Tensor run_backward(const Tensor& tokens, Backward call, bool bias_grad) {
   const Tensor partial = bias_grad ? floats({all.runs, all.h, all.f, all.f}) : floats({0});
   const Tensor total = bias_grad ? floats({all.h, all.f, all.f}) : floats({0});
   call.grad_bias = bias_grad ? partial.mutable_data_ptr<float>() : nullptr;
-  switch (dtype_of(tokens)) {
-    case Dtype::float32: launch_backward<float>(tokens, call); break;
-    case Dtype::bfloat16: launch_backward<__nv_bfloat16>(tokens, call); break;
-    case Dtype::float16: launch_backward<__half>(tokens, call); break;
-  }
+  with_type(dtype_of(tokens), [&](auto element) { launch_backward<decltype(element)>(tokens, call); });
   if (bias_grad) {
     const int64_t size = total.numel();
     launch(tokens, sum_bias_grad_kernel, (size + kSumColumns - 1) / kSumColumns, kSumColumns * kSumSlices,
@@ -114,7 +111,7 @@ Tensor run_backward(const Tensor& tokens, Backward call, bool bias_grad) {
 Tensor temporal_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias, const Optional& cos,
                           const Optional& sin, double scale, bool causal) {
   const Options options(bias, cos, sin, scale, causal);
-  const Tensor o = torch::stable::new_empty(q, q.sizes());
+  const Tensor o = empty_heads(q);
   run_forward(q, {problems_of(q, options, false), heads_of(q), heads_of(k), heads_of(v), heads_of(o)});
   return o;
 }
@@ -122,7 +119,7 @@ Tensor temporal_attention(const Tensor& q, const Tensor& k, const Tensor& v, con
 Tensor temporal_attention_packed(const Tensor& qkv, const Optional& bias, const Optional& cos, const Optional& sin,
                                  double scale, bool causal) {
   const Options options(bias, cos, sin, scale, causal);
-  const Tensor o = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(4), qkv.size(5)});
+  const Tensor o = empty_heads(qkv);
   run_forward(qkv, {problems_of(qkv, options, false), heads_of(qkv, kQ), heads_of(qkv, kK), heads_of(qkv, kV),
                     heads_of(o)});
   return o;
@@ -132,8 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> temporal_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias, const Optional& cos,
     const Optional& sin, double scale, bool causal, bool bias_grad) {
   const Options options(bias, cos, sin, scale, causal);
-  const Tensor dq = torch::stable::new_empty(q, q.sizes()), dk = torch::stable::new_empty(q, q.sizes());
-  const Tensor dv = torch::stable::new_empty(q, q.sizes());
+  const Tensor dq = empty_heads(q), dk = empty_heads(q), dv = empty_heads(q);
   const Tensor dbias = run_backward(q, {problems_of(q, options, bias_grad), heads_of(q), heads_of(k), heads_of(v),
                                         heads_of(grad), heads_of(dq), heads_of(dk), heads_of(dv), nullptr}, bias_grad);
   return {dq, dk, dv, dbias};
@@ -143,7 +139,8 @@ std::tuple<Tensor, Tensor> temporal_attention_packed_backward(
     const Tensor& grad, const Tensor& qkv, const Optional& bias, const Optional& cos, const Optional& sin, double scale,
     bool causal, bool bias_grad) {
   const Options options(bias, cos, sin, scale, causal);
-  const Tensor dqkv = torch::stable::new_empty(qkv, qkv.sizes());
+  const Tensor dqkv = empty_beside(
+      qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3), qkv.size(4), qkv.size(5)}, qkv.scalar_type());
   const Tensor dbias = run_backward(
       qkv, {problems_of(qkv, options, bias_grad), heads_of(qkv, kQ), heads_of(qkv, kK), heads_of(qkv, kV),
             heads_of(grad), heads_of(dqkv, kQ), heads_of(dqkv, kK), heads_of(dqkv, kV), nullptr}, bias_grad);

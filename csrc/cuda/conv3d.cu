@@ -20,24 +20,10 @@ __device__ inline T* at(const Video& video, int64_t b, int64_t f, int64_t h, int
   return static_cast<T*>(video.data) + video.offset(b, f, h, w);
 }
 
-template <typename T>
-__device__ inline Pack<T> load_at(const T* p, bool aligned) {
-  return aligned ? Pack<T>::aligned(p) : Pack<T>::unaligned(p);
-}
-
-template <typename T>
-__device__ inline void load_channels(const void* data, int column, float (&v)[kPack]) {
-  load_at(static_cast<const T*>(data) + column, reinterpret_cast<uintptr_t>(data) % 16 == 0).widen(v);
-}
-
 __device__ inline void load_channels(const ChannelVector& vector, int column, float absent, float (&v)[kPack]) {
   for_each([&](int i) { v[i] = absent; });
   if (vector.data == nullptr) return;
-  switch (vector.dtype) {
-    case Dtype::float32: return load_channels<float>(vector.data, column, v);
-    case Dtype::bfloat16: return load_channels<__nv_bfloat16>(vector.data, column, v);
-    case Dtype::float16: return load_channels<__half>(vector.data, column, v);
-  }
+  load_floats(vector.dtype, vector.data, column, reinterpret_cast<uintptr_t>(vector.data) % 16 == 0, v);
 }
 
 struct Gate {  // of SiLU: sigmoid(z) and 1 - sigmoid(z), each to full precision
@@ -449,15 +435,6 @@ __global__ void __launch_bounds__(kThreads) group_offsets_kernel(const GroupArgs
 }
 
 // --- launches ---
-
-template <typename F>
-void with_type(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::float32: return f(float{});
-    case Dtype::bfloat16: return f(__nv_bfloat16{});
-    case Dtype::float16: return f(__half{});
-  }
-}
 
 struct Lanes {
   int lanes, packs;  // of a position, and of a lane

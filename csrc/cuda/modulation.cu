@@ -303,16 +303,6 @@ __global__ void __maxnreg__(64) sum_runs_kernel(const Sums a) {
   __stwb(reinterpret_cast<float4*>(sums + frame * a.d + i), total);
 }
 
-// Calls f(T{}) with the element type of the tensors.
-template <typename F>
-void with_type(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::float32: return f(float{});
-    case Dtype::bfloat16: return f(__nv_bfloat16{});
-    case Dtype::float16: return f(__half{});
-  }
-}
-
 template <typename...>
 struct Configs {};
 

@@ -134,21 +134,16 @@ void run(const Lists& lists, const Settings& settings) {
   }
 }
 
-void adamw_ema_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-                std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, std::vector<Tensor> averages,
-                const Tensor& lr, double beta1, double beta2, double eps, double weight_decay, const Tensor& ema_decay,
-                std::optional<Tensor> grad_scale) {
-  const Lists lists{params, grads, exp_avgs, exp_avg_sqs, steps, averages};
-  const Settings settings =
-      optimizer::settings_of(lr, beta1, beta2, eps, weight_decay, ema_decay, grad_scale);
-  optimizer::with_types<__nv_bfloat16, __half>(
-      lists, [&]<typename T, typename A>(T, A) { run<T, A>(lists, settings); });
-}
+struct Cuda {
+  static void step(const Lists& lists, const Settings& settings) {
+    optimizer::with_types<__nv_bfloat16, __half>(
+        lists, [&]<typename T, typename A>(T, A) { run<T, A>(lists, settings); });
+  }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cuda, m) { optimizer::define(m); }
-
-STABLE_TORCH_LIBRARY_IMPL(vidkern_cuda, VIDKERN_CUDA_KEY, m) { m.impl("adamw_ema_", TORCH_BOX(&adamw_ema_)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(vidkern_cuda, m) { optimizer::Operator<Cuda>::define(m); }
+STABLE_TORCH_LIBRARY_IMPL(vidkern_cuda, VIDKERN_CUDA_KEY, m) { optimizer::Operator<Cuda>::implement(m); }
 
 }  // namespace vidkern::cuda
