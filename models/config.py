@@ -8,7 +8,7 @@ from typing import Literal
 from models.command_line import LARGEST_SEED, UsageError, check_range, flatten, parse, read_yaml, to_dict
 from models.latte import LatteConfig
 from models.recompute import Recompute
-from models.s2dm import S2DMConfig
+from models.s2dm import POSE_CHANNELS, S2DMConfig
 from models.vdm import VDMConfig
 
 NetworkConfig = LatteConfig | S2DMConfig | VDMConfig
@@ -267,6 +267,11 @@ def _check_conditions(config: TrainConfig) -> None:
             )
     if ("motion" in wanted or config.network == "vdm") and data.kind not in ("digits", "motion"):
         raise UsageError(f"--network {config.network} with motion wants --data.kind digits or motion, got {data.kind}")
+    if "pose" in wanted and (data.kind != "motion" or config.s2dm.pose_channels != POSE_CHANNELS):
+        raise UsageError(
+            f"--s2dm.pose_channels {config.s2dm.pose_channels} wants pictures of poses: {POSE_CHANNELS} channels, with "
+            f"--data.kind motion and clips stored by models.flow --poses, got {data.kind}"
+        )
     if data.size is not None and (config.network != "vdm" or data.kind != "digits"):
         raise UsageError(f"--data.size wants --network vdm and --data.kind digits, got {config.network}, {data.kind}")
     if data.latents and data.kind != "motion":

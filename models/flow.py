@@ -4,15 +4,18 @@ For every clip of every video, optical flow from its first frame to each and whi
 the clip in the folder `out`, which models.data.MotionDataset reads. Writes check.png there, and prints how close the
 first frame comes to the others when the flow warps it. A run that was killed goes on with the clips that are not yet in
 the index when the same command is given again; labels and texts of those that are become what the manifest now says.
+With `--poses FOLDER` each clip's pose pictures are stored beside it, cut out of a video that shows them.
 """
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
@@ -38,7 +41,7 @@ from models.training.distributed import pick_device
 PROG = "python -m models.flow"
 CHECK = "check.png"
 SHEET_COLUMNS = 8
-_SAME = ("extractor", "num_frames", "frame_interval", "stride", "size", "vae_sha256", "classes")  # of a folder's clips
+_SAME = ("extractor", "num_frames", "frame_interval", "stride", "size", "vae_sha256", "poses", "classes")  # of a folder
 _log = logging.getLogger(__name__)
 
 
@@ -64,6 +67,9 @@ class FlowConfig:
     """RAFT's weights: a file of torchvision's model zoo, raft_large_*.pth or raft_small_*.pth."""
     vae: str | None = None
     """AutoencoderKL whose latents are stored too: local folder of it or of a pipeline, or owner/name[/subfolder]."""
+    poses: Path | None = None
+    """Folder of videos of drawn poses, such as OpenPose's or DWPose's pictures, stored too: for each of `videos` one of
+    the same name but for the suffix, with as many frames of the same shape."""
     workers: int = 2
     """Processes that decode videos; 0 decodes in the main process."""
     shard_mib: float = 256
@@ -89,6 +95,7 @@ def extract(config: FlowConfig) -> MotionIndex:
         check_range(name, getattr(config, name), least)
     device = pick_device(config.device)
     listing = list_videos(config.videos)
+    poses = None if config.poses is None else list_poses(config.poses)
     extractor = load_extractor(config.extractor, config.raft, device)
     vae = None if config.vae is None else load_autoencoder(config.vae, device=device)
     if vae is not None and config.size % downsampling(vae):
@@ -98,7 +105,7 @@ def extract(config: FlowConfig) -> MotionIndex:
     index = relabelled(config.out, index, _lines(videos))
     writer = ShardWriter(config.out, "motion", index, config.shard_mib * 2**20)
     done = {(entry.name, entry.start) for entry in index.entries}
-    loader = DataLoader(_Clips(videos, config, frozenset(done)), batch_size=None, num_workers=config.workers)
+    loader = DataLoader(_Clips(videos, poses, config, frozenset(done)), batch_size=None, num_workers=config.workers)
 
     skipped = 0
     with logging_redirect_tqdm(), tqdm(total=len(videos), unit="video") as progress:
@@ -111,7 +118,7 @@ def extract(config: FlowConfig) -> MotionIndex:
                 progress.update()
             elif (video.name, found.start) not in done:  # a manifest may name a clip twice
                 done.add((video.name, found.start))
-                writer.add([_measured(video, found.start, found.clip, extractor, vae)])
+                writer.add([_measured(video, found.start, found.clip, found.pose, extractor, vae)])
                 progress.set_postfix(clips=len(done))
     writer.flush()
     print(
@@ -125,6 +132,20 @@ def extract(config: FlowConfig) -> MotionIndex:
     print(summary(writer.index.entries))
     write_sheet(config.out, writer.index)
     return writer.index
+
+
+def list_poses(source: Path) -> dict[Path, Path]:
+    """The videos of poses in a folder, by their names there without the suffix.
+
+    Raises FileNotFoundError or ValueError where there are none, UsageError where two have the same name.
+    """
+    found: dict[Path, Path] = {}
+    for pose in list_videos(source).videos:
+        name = Path(pose.name).with_suffix("")
+        if name in found:
+            raise UsageError(f"--poses {source} wants one video {name}, got {found[name].name} and {pose.path.name}")
+        found[name] = pose.path
+    return found
 
 
 def _lines(videos: Sequence[Video]) -> Callable[[MotionEntry], Video | None]:
@@ -173,24 +194,40 @@ def write_sheet(folder: Path, index: MotionIndex) -> None:
             f"flow to the first frame, full colour at {flow.norm(dim=1).max():.1f} pixels",
             "white where the first frame shows the point",
         ]
+        if "pose" in stored:
+            rows.append(to_float(stored["pose"]))
+            captions.append("its pose")
     with atomic_file(folder / CHECK) as temporary:
         contact_sheet(temporary, rows, captions=captions, columns=SHEET_COLUMNS)
 
 
 class _Found(NamedTuple):
-    """A clip uint8 (F, 3, H, W) of a video, by number, from frame `start`; None at the video's end, or at an error."""
+    """A clip uint8 (F, 3, H, W) of a video, by number, from frame `start`; None at the video's end, or at an error.
+
+    `pose`, of the clip's shape, is its pose pictures where they are stored.
+    """
 
     video: int
     start: int
-    clip: Tensor | None
-    error: str
+    clip: Tensor | None = None
+    pose: Tensor | None = None
+    error: str = ""
 
 
 class _Clips(IterableDataset[_Found]):
-    """The clips of all videos but those in `done`, (name, start). Worker w of W reads videos w, w + W, ..."""
+    """The clips of all videos but those in `done`, (name, start). Worker w of W reads videos w, w + W, ...
 
-    def __init__(self, videos: Sequence[Video], config: FlowConfig, done: frozenset[tuple[str, int]]) -> None:
-        self.videos, self.config, self.done = videos, config, done
+    `poses`: see `list_poses`; None is without poses.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[Video],
+        poses: Mapping[Path, Path] | None,
+        config: FlowConfig,
+        done: frozenset[tuple[str, int]],
+    ) -> None:
+        self.videos, self.poses, self.config, self.done = videos, poses, config, done
 
     def __iter__(self) -> Iterator[_Found]:
         worker = get_worker_info()
@@ -199,22 +236,49 @@ class _Clips(IterableDataset[_Found]):
             error = ""
             try:
                 for start in self._starts(self.videos[number]):
-                    yield _Found(number, start, self._read(self.videos[number], start), "")
+                    yield _Found(number, start, *self._read(self.videos[number], start))
             except VideoError as reason:
                 error = str(reason)
-            yield _Found(number, 0, None, error)
+            yield _Found(number, 0, error=error)
 
     def _starts(self, video: Video) -> list[int]:
-        """Where the video's clips start that are not done yet; VideoError where it is too short for any."""
+        """Where the video's clips start that are not done yet; VideoError where it is too short, or without poses."""
         count, first = frame_table(video.path).count, video.start or 0
         last = count - self._span
         if first > last:
             raise VideoError(f"too short: {count} frames, a clip needs {first + self._span}")
+        pose = self._pose(video)
+        if pose is not None:
+            with _telling_of_poses():
+                drawn = frame_table(pose).count
+                if drawn != count:
+                    raise VideoError(f"{drawn} frames, not {count}")
         starts = range(0, last + 1, self.config.stride) if video.start is None else [first]
         return [start for start in starts if (video.name, start) not in self.done]
 
-    def _read(self, video: Video, start: int) -> Tensor:
-        frames = read_frames(video.path, range(start, start + self._span, self.config.frame_interval))
+    def _pose(self, video: Video) -> Path | None:
+        """The video of its poses, None where none are asked for; VideoError where it has none."""
+        if self.poses is None:
+            return None
+        name = Path(video.name).with_suffix("")
+        if name not in self.poses:
+            raise VideoError(f"no pose video {name} in {self.config.poses}")
+        return self.poses[name]
+
+    def _read(self, video: Video, start: int) -> tuple[Tensor, Tensor | None]:
+        """The clip and its pose pictures, both resized and cropped alike."""
+        numbers, pose = range(start, start + self._span, self.config.frame_interval), self._pose(video)
+        frames = read_frames(video.path, numbers)
+        if pose is None:
+            return self._fit(frames), None
+        with _telling_of_poses():
+            pictures = read_frames(pose, numbers)
+            (height, width), (drawn_height, drawn_width) = frames[0].shape[:2], pictures[0].shape[:2]
+            if abs(drawn_height * width - height * drawn_width) > width:  # a pixel of the pose picture
+                raise VideoError(f"{drawn_width} x {drawn_height} pixels, not of the shape of {width} x {height}")
+        return self._fit(frames), self._fit(pictures)
+
+    def _fit(self, frames: Sequence[np.ndarray]) -> Tensor:
         return to_uint8(to_clip(frames, (self.config.size, self.config.size)))
 
     @property
@@ -222,13 +286,24 @@ class _Clips(IterableDataset[_Found]):
         return (self.config.num_frames - 1) * self.config.frame_interval + 1
 
 
+@contextmanager
+def _telling_of_poses() -> Iterator[None]:
+    """Say of a VideoError that it is the pose video's, since reports name the video."""
+    try:
+        yield
+    except VideoError as error:
+        raise VideoError(f"its pose video: {error}") from error
+
+
 def _measured(
-    video: Video, start: int, clip: Tensor, extractor: Extractor, vae: AutoencoderKL | None
+    video: Video, start: int, clip: Tensor, pose: Tensor | None, extractor: Extractor, vae: AutoencoderKL | None
 ) -> tuple[MotionEntry, dict[str, Tensor]]:
-    """The entry of a clip uint8 (F, 3, H, W) and what is stored of it."""
+    """The entry of a clip uint8 (F, 3, H, W) with its pose pictures, and what is stored of it."""
     flow, occlusion = clip_motion(clip, extractor)
     flow = flow.half()
     stored = {"video": clip, "flow": flow, "occlusion": (occlusion * 255).round().to(torch.uint8)}
+    if pose is not None:
+        stored["pose"] = pose
     if vae is not None:
         mean, std = posterior(vae, to_float(clip))
         stored |= {"mean": mean.cpu(), "std": std.cpu()}
@@ -267,6 +342,7 @@ def _new_index(config: FlowConfig, extractor: Extractor, vae: AutoencoderKL | No
         scaling_factor=scale,
         shift_factor=shift,
         classes=classes,
+        poses=config.poses is not None,
     )
 
 

@@ -16,6 +16,9 @@ from vidkern.diffusion.losses import per_frame
 #: Channels of motion in the network's form: flow in x and y, occlusion.
 MOTION_CHANNELS = 3
 
+#: Channels of the pictures of poses that models.flow stores and models.sample reads; the network takes any.
+POSE_CHANNELS = 3
+
 
 @dataclass(frozen=True)
 class S2DMConfig(ClipConfig):

@@ -3,7 +3,7 @@
 A folder holds index.json and safetensors shards. Entry i of the index is one clip; in its shard are "{i}.video" uint8
 (F, 3, H, W), "{i}.flow" float16 (F, 2, H, W) in pixels, "{i}.occlusion" uint8 (F, 1, H, W), 255 where frame 0 shows
 the point (see models.motion.forms) and, where a VAE was given, "{i}.mean" and "{i}.std" float32 (F, C, h, w), its
-posterior of every frame, unscaled.
+posterior of every frame, unscaled, and, where poses were given, "{i}.pose" uint8 (F, 3, H, W), their pictures.
 """
 
 import json
@@ -63,6 +63,7 @@ class MotionIndex:
     scaling_factor: float
     shift_factor: float
     classes: list[str]
+    poses: bool = False
     entries: list[MotionEntry] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -88,6 +89,7 @@ def read_tensors(folder: Path, index: MotionIndex, number: int, frames: int | No
     """The tensors of entry `number` by name, of its first `frames` frames (None: all)."""
     with open_shard(folder / index.entries[number].shard) as shard:
         names = ["video", "flow", "occlusion", *(("mean", "std") if index.vae else ())]
+        names += ["pose"] if index.poses else []
         return {name: shard.get_slice(f"{number}.{name}")[:frames] for name in names}
 
 
@@ -95,9 +97,10 @@ class MotionDataset(SeededDataset):
     """Stored clips with their motion: {"video": float32 (F, 3, H, W) in [-1, 1], "motion": (F, 3, H, W), "label"}.
 
     Motion is in the network's form (see models.motion.forms). With `latents` a sample has "latent" float32
-    (F, C, h, w), drawn from the VAE's posterior and scaled for the model, in place of "video". Where the videos have
-    texts, `captions` are the distinct ones and "caption" int64 is the clip's number there. Clips begin at their stored
-    first frame, from which all motion is measured. A sample is a function of (seed, epoch, index).
+    (F, C, h, w), drawn from the VAE's posterior and scaled for the model, in place of "video"; with `poses` it has
+    "pose", float32 (F, 3, H, W) in [-1, 1], too. Where the videos have texts, `captions` are the distinct ones and
+    "caption" int64 is the clip's number there. Clips begin at their stored first frame, from which all motion is
+    measured. A sample is a function of (seed, epoch, index).
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class MotionDataset(SeededDataset):
         *,
         num_frames: int | None = None,
         latents: bool = False,
+        poses: bool = False,
         flip: bool = False,
         least_visible: float = 0.0,
         seed: int = 0,
@@ -116,7 +120,7 @@ class MotionDataset(SeededDataset):
         of scene it shows little.
 
         Raises FileNotFoundError or ValueError for a folder without motion, for more frames than are stored, for latents
-        where none are stored, or of mirrored clips.
+        or poses where none are stored, or of mirrored clips.
         """
         super().__init__(seed)
         self.folder, self.index = Path(folder), read_motion_index(folder)
@@ -127,13 +131,19 @@ class MotionDataset(SeededDataset):
             raise ValueError(f"no latents in {folder}: python -m models.flow --vae adds them to a new folder")
         if latents and flip:
             raise ValueError("flip must be False for latents: only pixels can be mirrored")
+        if poses and not self.index.poses:
+            raise ValueError(f"no poses in {folder}: python -m models.flow --poses adds them to a new folder")
+        if poses and flip:
+            raise ValueError(
+                "flip must be False for poses: a mirrored picture shows left limbs in the right ones' colours"
+            )
         if not self.index.entries:
             raise ValueError(f"no clips in {folder}")
         self._kept = [i for i, entry in enumerate(self.index.entries) if entry.check.visible >= least_visible]
         if not self._kept:
             most = max(entry.check.visible for entry in self.index.entries)
             raise ValueError(f"no clip in {folder} shows {least_visible:g} in its first frame; most is {most:.2f}")
-        self.latents, self.flip = latents, flip
+        self.latents, self.poses, self.flip = latents, poses, flip
         self.classes = self.index.classes
         self._captions = numbered_captions(self.index.entries[i].text for i in self._kept)
         self.captions = tuple(self._captions)
@@ -156,6 +166,8 @@ class MotionDataset(SeededDataset):
             clip["video"] = clip["video"].flip(-1)
             motion = motion.flip(-1) * torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1)
         sample = {**clip, "motion": motion, "label": torch.tensor(entry.label)}
+        if self.poses:
+            sample["pose"] = to_float(stored["pose"])
         if self.captions:
             sample["caption"] = torch.tensor(self._captions[entry.text])
         return sample

@@ -12,6 +12,7 @@ from models.motion import from_network, to_network
 from models.motion.colour_wheel import colour_wheel
 from models.motion.extract import clip_motion, load_extractor
 from models.networks import Network
+from models.s2dm import POSE_CHANNELS
 from models.sampling.codec import make_codec
 from models.sampling.draw import sampler_of
 from models.sampling.given import read_clip, read_images
@@ -29,6 +30,7 @@ class Rendered(NamedTuple):
     first: Tensor  # (count, C, H, W): the first frames, drawn or given
     motion: Tensor  # (count, F, 3, H, W)
     driving: Tensor | None  # (F, 3, H, W): the clip whose motion it is
+    pose: Tensor | None  # (F, 3, H, W): the pictures of poses
 
 
 def draw_with_motion(options: SampleConfig, device: torch.device) -> Rendered:
@@ -39,13 +41,13 @@ def draw_with_motion(options: SampleConfig, device: torch.device) -> Rendered:
     renderer = _stage(network, config, options, device, scales_of(options, config.network_config))
     codec, texts = make_codec(config, options.vae, device), text_condition(options, config)
     size, count = codec.frame_size, options.num_clips
-    artist, driving, motion = None, None, torch.empty(0)
+    artist, driving, pose, motion = None, None, None, torch.empty(0)
     if options.motion_checkpoint is not None:
         artist = _artist(options, device, (config.network_config.in_channels, codec.channels))
     else:
-        driving = read_clip(
-            options.clip[0], config.network_config.num_frames, config.data.frame_interval, size, channels=3
-        )
+        window = (config.network_config.num_frames, config.data.frame_interval, size, 3)
+        driving = read_clip(options.clip[0], *window)
+        pose = None if options.pose is None else read_clip(options.pose, *window)
         extractor = load_extractor(options.extractor, options.raft, device)
         motion = to_network(*clip_motion(to_uint8(driving), extractor)).expand(count, -1, -1, -1, -1)
     _check_text(options, [stage.config for stage in (renderer, artist) if stage is not None])
@@ -55,14 +57,19 @@ def draw_with_motion(options: SampleConfig, device: torch.device) -> Rendered:
         image = codec.encode(read_images([options.image], size, codec.channels))
     make_folder(options.out)  # before the drawing, so that a bad name costs no clips
 
-    first = draw_first_frames(renderer, texts, count, size) if image is None else image.expand(count, -1, -1, -1)
+    poses = {} if pose is None else {"pose": pose.expand(count, -1, -1, -1, -1)}
+    first_pose = {name: value[:, :1] for name, value in poses.items()}
+    if image is None:
+        first = draw_first_frames(renderer, texts | first_pose, count, size)
+    else:
+        first = image.expand(count, -1, -1, -1)
     pixels = codec.decode(first)
     conditions = texts | _of_first_frame(config, first, pixels, device)
     if artist is not None:
         motion = resized(draw_motion(artist, artist_texts | _reference(artist, first, pixels)), size)
-    given = {} if image is None else _from_image(renderer, image, conditions, size, motion.shape[1])
-    clips = render(renderer, motion, conditions, **given)
-    return Rendered(torch.stack([codec.decode(clip) for clip in clips]), pixels, motion, driving)
+    given = {} if image is None else _from_image(renderer, image, conditions | first_pose, size, motion.shape[1])
+    clips = render(renderer, motion, conditions | poses, **given)
+    return Rendered(torch.stack([codec.decode(clip) for clip in clips]), pixels, motion, driving, pose)
 
 
 def _from_image(
@@ -81,6 +88,8 @@ def sheet_rows(rendered: Rendered, given: bool) -> tuple[list[Tensor], list[str]
     rows: dict[str, Tensor] = {}
     if rendered.driving is not None:
         rows["the driving clip"] = rendered.driving
+    if rendered.pose is not None:
+        rows["the pose"] = rendered.pose
     for i, (clip, motion) in enumerate(zip(rendered.clips, rendered.motion, strict=True)):
         flow, seen = from_network(motion)
         rows |= {
@@ -100,9 +109,16 @@ def _check(options: SampleConfig, config: TrainConfig) -> None:
     task, conditions = f"--task {options.task}", config.network_config.conditions
     if config.network != "s2dm" or "motion" not in conditions:
         raise UsageError(f"{task} wants a --checkpoint of S2DM with motion, got one of {config.network}")
-    if "pose" in conditions:
-        raise UsageError(f"{task}: {options.checkpoint} wants a pose, for which there is no option")
     drawn = options.task == "text-to-video"
+    if "pose" in conditions and drawn:
+        raise UsageError(f"{task}: {options.checkpoint} wants a pose, which no network draws: see motion-transfer")
+    if ("pose" in conditions) != (options.pose is not None):
+        wanted = "wants --pose with 1 video" if "pose" in conditions else "takes no --pose"
+        raise UsageError(f"{task}: {options.checkpoint} {wanted}")
+    if "pose" in conditions and config.s2dm.pose_channels != POSE_CHANNELS:
+        raise UsageError(
+            f"{task}: --pose has {POSE_CHANNELS} channels, {options.checkpoint} wants {config.s2dm.pose_channels}"
+        )
     if drawn and options.motion_checkpoint is None:
         raise UsageError(f"{task} wants --motion_checkpoint with a VDM")
     if len(options.clip) != (0 if drawn else 1):

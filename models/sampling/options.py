@@ -25,6 +25,7 @@ TASK_OPTIONS = {
     "motion_steps": "text-to-video",
     "extractor": "motion-transfer",
     "raft": "motion-transfer",
+    "pose": "motion-transfer",
 }
 
 
@@ -61,6 +62,8 @@ class SampleConfig:
     """Image files: the given frames in the order of time."""
     clip: tuple[str, ...] = ()
     """A video file that has the given frames at their places; two for a transition; the motion to transfer."""
+    pose: str | None = None
+    """A video file of drawn poses, frame for frame with --clip, for a network that takes them."""
     given: tuple[int, ...] = ()
     """Numbers of the given frames, from 0, for given-frames."""
     overlap: int = 0
@@ -87,6 +90,8 @@ class SampleConfig:
     """Scale of guidance by the first frame."""
     cfg_motion: float | None = None
     """Scale of guidance by the motion."""
+    cfg_pose: float | None = None
+    """Scale of guidance by the pose."""
     motion_cfg_text: float | None = None
     """Scale of guidance by the text where --motion_checkpoint draws motion."""
     motion_cfg_reference: float | None = None

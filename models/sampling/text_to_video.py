@@ -53,8 +53,8 @@ def at_rest(count: int, frames: int, size: tuple[int, int]) -> Tensor:
 def draw_first_frames(renderer: Stage, conditions: Mapping[str, Tensor], count: int, size: tuple[int, int]) -> Tensor:
     """First frames (count, C, H, W): clips of one frame at rest, as `render` begins them for the same seed.
 
-    `conditions` (count, ...) are those of the clips but motion. A condition that is the first frame itself is unknown
-    yet, and dropped: it enters as zeros with a scale of 0.
+    `conditions` (count, ...) are those of the clips but motion, with a pose (count, 1, ...) of that frame alone. A
+    condition that is the first frame itself is unknown yet, and dropped: it enters as zeros with a scale of 0.
     """
     network = renderer.config.network_config
     shapes = {"reference": (network.in_channels, *network.frame_size), "image": (1, getattr(network, "image_width", 0))}

@@ -46,6 +46,7 @@ def make_clips(config: TrainConfig) -> SeededDataset:
             data.path,
             num_frames=network.num_frames,
             latents=data.latents,
+            poses="pose" in network.conditions,
             flip=data.flip,
             least_visible=data.least_visible,
             seed=config.seed,
@@ -77,8 +78,8 @@ class Batches:
 
     x0 is float32 (n, F, C, H, W), with the joined images at the end of F: pixels, latents, or motion for a VDM.
     Conditions are what the network takes besides, by the names of its `forward`, where they come from the data: "y"
-    (n,) and "image_labels" (n, images), int64; "text" (n, L, W); "motion" (n, F, 3, h, w); "reference", the clip's
-    first frame, (n, C, h, w); "image", that frame's CLIP tokens, (n, L, W).
+    (n,) and "image_labels" (n, images), int64; "text" (n, L, W); "motion" and "pose" (n, F, 3, h, w); "reference", the
+    clip's first frame, (n, C, h, w); "image", that frame's CLIP tokens, (n, L, W).
     """
 
     def __init__(self, config: TrainConfig, world: World) -> None:

@@ -186,7 +186,11 @@ def test_a_checkpoint_from_before_other_networks_goes_on(tmp_path: Path, capsys:
         ({"network": "vdm", "vdm__text_width": 8}, "--network vdm with text wants --data.text"),
         ({"data__text": "wordllama"}, "--data.text wordllama: the network takes no text, see --model"),
         ({**TINY_S2DM, "s2dm__image_width": 8}, "--network s2dm with image wants --data.image_encoder"),
-        ({**TINY_S2DM, "s2dm__pose_channels": 2}, "the network wants pose: the data has video"),
+        ({**TINY_S2DM, "s2dm__pose_channels": 3}, "--s2dm.pose_channels 3 wants pictures of poses: 3 channels,"),
+        (
+            {**TINY_S2DM, "s2dm__pose_channels": 2, "data__kind": "motion", "data__path": "nowhere"},
+            "--s2dm.pose_channels 2 wants pictures of poses: 3 channels,",
+        ),
         (
             {**TINY_S2DM, "data__kind": "videos", "data__path": "."},
             "--network s2dm with motion wants --data.kind digits or motion, got videos",

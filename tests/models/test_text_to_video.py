@@ -90,7 +90,7 @@ def save_run(folder: Path, seed: int, **parts: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """s2dm, vdm and latte, and s2dm_plain and vdm_plain that take no text, s2dm_pose; a.png and a.mp4."""
+    """s2dm, vdm and latte, and s2dm_plain and vdm_plain that take no text, s2dm_pose ...; a.png and a.mp4."""
     folder = tmp_path_factory.mktemp("runs")
     save_run(folder / "s2dm", 1, network="s2dm", s2dm=S2DM)
     save_run(folder / "vdm", 2, network="vdm", vdm=VDM)
@@ -100,7 +100,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_run(folder / "s2dm_plain", 4, network="s2dm", s2dm={**S2DM, "text_width": None, "reference": True}, **silent)
     save_run(folder / "vdm_plain", 5, network="vdm", vdm={**VDM, "text_width": None}, **silent)
     save_run(folder / "vdm_grey", 6, network="vdm", vdm={**VDM, "reference_channels": 1})
-    save_run(folder / "s2dm_pose", 7, network="s2dm", s2dm={**S2DM, "pose_channels": 2})
+    save_run(folder / "s2dm_pose", 7, network="s2dm", s2dm={**S2DM, "pose_channels": 3})
+    save_run(folder / "s2dm_pose_2", 8, network="s2dm", s2dm={**S2DM, "pose_channels": 2})
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (SIZE, SIZE, 3), dtype=torch.uint8, generator=generator)
     Image.fromarray(pixels.numpy()).save(folder / "a.png")
@@ -304,6 +305,18 @@ def test_text_guides_a_latte(runs: Path, tmp_path: Path, monkeypatch: pytest.Mon
             [*TRANSFER, "--text", "up", "--motion_checkpoint", "vdm"],
             "--motion_checkpoint is for --task text-to-video, got --task motion-transfer",
         ),
+        ([*TRANSFER, "--text", "up", "--pose", "a.mp4"], "--task motion-transfer: s2dm takes no --pose"),
+        ([*TRANSFER, "--text", "up", "--cfg_pose", "2"], "--cfg_pose: the network takes no pose"),
+        (
+            [*TRANSFER, "--text", "up", "--checkpoint", "s2dm_pose"],
+            "--task motion-transfer: s2dm_pose wants --pose with 1 video",
+        ),
+        (
+            [*TRANSFER, "--text", "up", "--checkpoint", "s2dm_pose_2", "--pose", "a.mp4"],
+            "--task motion-transfer: --pose has 3 channels, s2dm_pose_2 wants 2",
+        ),
+        ([*TRANSFER, "--text", "up", "--checkpoint", "s2dm_pose", "--pose", "no.mp4"], "no.mp4: cannot be read"),
+        ([*VIDEO, "--text", "up", "--pose", "a.mp4"], "--pose is for --task motion-transfer, got --task text-to-video"),
         ([*TRANSFER, "--text", "up", "--extractor", "raft"], "--extractor raft wants --raft"),
         ([*VIDEO, "--text", "up", "--extractor", "raft"], "--extractor is for --task motion-transfer, got --task text"),
         ([*VIDEO, "--text", "up", "--cfg_text", "nan"], "--cfg_text wants a finite number, got nan"),
