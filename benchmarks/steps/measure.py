@@ -220,13 +220,12 @@ def saved_bytes(variant: Variant, setting: Setting, device: torch.device) -> flo
     storages: dict[int, Tensor] = {}
     held = {parameter.untyped_storage().data_ptr() for parameter in variant.network.parameters()}
 
-    def save(tensor: Tensor) -> Tensor:
-        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # held, so that no address is used twice
-        return tensor
+    def save(tensor: Tensor) -> None:  # the graph gets nothing: what it and `storages` both hold would never be freed
+        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())  # so that no address is used twice
 
     x0, y = (tensor.to(device) for tensor in setting.clips())
     t = torch.randint(1, 1000, x0.shape[:2] if setting.per_frame else (len(x0),), device=device)
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda nothing: nothing):
         variant.loss(x0, t, y, torch.tensor([3, 5], device=device))
     total = sum(t.untyped_storage().nbytes() for pointer, t in storages.items() if pointer not in held)
     return total / setting.config.depth

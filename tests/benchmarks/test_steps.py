@@ -1,7 +1,9 @@
 """Whole steps: every way computes the same, parts and predictions are those of the work, tables tell what was found."""
 
 import dataclasses
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -98,6 +100,18 @@ def test_saved_bytes_count_activations_and_not_weights():
     )
     activation = math.prod((4, 16, 64)) * 4
     assert 10 * activation < ours < plain < 60 * activation
+
+
+def test_saved_bytes_keep_no_activation():
+    setting = Setting("Latte-S/2", 1, SMALL)
+    variant = Variants(setting, CPU).make(Way(False, torch.float32, "softmax"))
+    outputs = []
+    for block in variant.network.get_submodule("blocks").children():
+        block.register_forward_hook(lambda _, __, output: outputs.append(weakref.ref(output)))
+    measuring.saved_bytes(variant, setting, CPU)
+    gc.collect()
+    assert len(outputs) == 2
+    assert not any(output() is not None for output in outputs)
 
 
 def test_the_work_of_a_product_belongs_to_its_part_forward_and_backward():
