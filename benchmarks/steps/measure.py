@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import math
 import statistics
 from collections.abc import Callable, Mapping
@@ -39,7 +38,6 @@ def measure(setting: Setting, task: str, device: torch.device) -> tuple[dict[str
     In a result "seconds" are those of a training step, or of a DDIM run of DDIM_STEPS.
     """
     torch._dynamo.reset()
-    gc.collect()  # the networks of the setting before, which refer to themselves, gigabytes of them
     made = Variants(setting, device)
     variants = {way.name: made.make(way) for way in ways(device, both_precisions=task == TRAINING)}
     steps = DDIM_STEPS if device.type == "cuda" else FEW_STEPS
